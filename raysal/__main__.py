@@ -1,0 +1,5 @@
+"""``python -m raysal``."""
+
+from raysal.cli import main
+
+main()

@@ -1,0 +1,120 @@
+"""Bytes at any fsspec URI: local paths, ``s3://``, ``gs://``, ``memory://`` and the rest."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import uuid
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from raysal.errors import ImageError, InputError
+
+
+def open_fs(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URI and the path inside it.
+
+    Raises:
+        InputError: The URI's scheme is unknown, or its driver is not installed.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(os.fspath(uri))
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{uri}: no file system for this URI ({error}); install its driver, for example s3fs for s3://") from error
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path on this machine."""
+    return isinstance(open_fs(uri)[0], LocalFileSystem)
+
+
+def absolute(uri: str) -> str:
+    """The canonical form: absolute for local paths, scheme and path elsewhere."""
+    fs, path = open_fs(uri)
+    return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+
+
+def join(base: str, *parts: str) -> str:
+    """Joins with forward slashes, whatever the scheme."""
+    return posixpath.join(base.rstrip("/") or "/", *parts)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, path = open_fs(uri)
+    return bool(fs.exists(path))
+
+
+def list_names(uri: str) -> list[str]:
+    """Sorted names directly under a folder; empty where there is no such folder."""
+    fs, path = open_fs(uri)
+    try:
+        return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False, refresh=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except TypeError:  # a file system whose ls knows no refresh
+        return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False))
+
+
+def read_bytes(uri: str) -> bytes:
+    """A whole small file. Raises FileNotFoundError or OSError as fsspec does."""
+    fs, path = open_fs(uri)
+    data: Any = fs.cat_file(path)
+    return bytes(data)
+
+
+def fetch_image(uri: str, max_bytes: int) -> bytes:
+    """The bytes of one image of an archive.
+
+    Raises:
+        ImageError: status ``limit`` where the file is larger than max_bytes, ``fetch`` where it can't be had.
+    """
+    try:
+        fs, path = open_fs(uri)
+        with fs.open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except ImageError:
+        raise
+    except Exception as error:  # drivers raise their own types; every one means that the bytes are not to be had
+        raise ImageError("fetch", f"{uri}: {type(error).__name__}: {error}") from error
+    if len(data) > max_bytes:
+        raise ImageError("limit", f"{uri}: more than {max_bytes} bytes; raise data.max_bytes if such files are wanted")
+    return bytes(data)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes a file whole or not at all: readers never see half of it.
+
+    Local files go through a temporary name, fsync and rename; object stores put a whole object at once.
+
+    Raises:
+        InputError: The disk is full (the message says how much was asked).
+    """
+    fs, path = open_fs(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        if error.errno == 28:  # ENOSPC
+            raise InputError(f"{uri}: no space left for {len(data)} bytes; free some and run the same command again") from error
+        raise
+
+
+def remove_tree(uri: str) -> None:
+    """Deletes a folder and all below it; quietly nothing where there is none."""
+    fs, path = open_fs(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)

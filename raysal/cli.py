@@ -1,0 +1,259 @@
+"""The command line: one verb is one function of the library. ``raysal VERB --help`` explains each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raysal.config import Config, load
+from raysal.errors import ConfigError, RaysalError
+from raysal.progress import Ui
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turns a mission's archive of rover images and about 3% of hand labels into masks for every image.",
+)
+
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config value, for example --set train.steps=200. Repeatable.")
+]
+ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file; see configs/ for examples and raysal/config.py for every knob.")]
+OptionalConfig = Annotated[Path | None, typer.Option("--config", help="YAML file for the knobs of this stage; defaults otherwise.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout; logs go to stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate of time from a short measurement; change nothing.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of everything the demo leaves.")] = Path("runs/demo"),
+    set_: Set = [],  # noqa: B006 - typer reads the default once
+    json_: Json = False,
+) -> None:
+    """The whole loop on synthetic Mars scenes on this machine: minutes, ends with a report and masks.
+
+    Example: raysal demo
+    """
+    cfg = load(packaged_config("demo"), [f"run={json.dumps(str(out))}", *set_])
+    _run_loop(cfg, json_)
+
+
+@app.command()
+def loop(config: ConfigFile, set_: Set = [], dry_run: DryRun = False, json_: Json = False) -> None:  # noqa: B006
+    """Rounds of train, score, query and buy until the budget or a stopping rule; then masks for the pool. The same command resumes.
+
+    Example: raysal loop --config configs/marsscapes.yaml --set data.root=/data/mars
+    """
+    cfg = load(config, set_)
+    if dry_run:
+        _dry_run(cfg, json_)
+    else:
+        _run_loop(cfg, json_)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Images to learn from: a text file of names, or a labels.parquet of a run. Default: the whole pool split."),
+    ] = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """CPS-Mars on Ray Train: one training on given labels. The same command resumes.
+
+    Example: raysal train --config configs/marsscapes.yaml --labels names.txt --set run=runs/once
+    """
+    from raysal.cluster import connected
+    from raysal.rounds.single import train_once
+
+    cfg, ui = load(config, set_), _ui(json_)
+    with ui, connected(cfg.compute):
+        result = train_once(cfg, labels, ui.watcher())
+    ui.result(result, f"checkpoint {result['checkpoint']}\nval mIoU {_number(result['miou'])}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder (any fsspec URI).")],
+    dataset: Annotated[str, typer.Argument(help="Data set folder (any fsspec URI).")],
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    reader: Annotated[str, typer.Option(help="Layout: folder, s5mars or ai4mars.")] = "folder",
+    config: OptionalConfig = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """mIoU, per-class IoU, confusion and calibration of a checkpoint on a labelled split.
+
+    Example: raysal evaluate runs/demo/rounds/002/checkpoint runs/demo/data --split val
+    """
+    from raysal.rounds.single import evaluate_checkpoint
+
+    cfg, ui = load(config, [f"data.reader={reader}", f"data.root={json.dumps(dataset)}", *set_]), _ui(json_)
+    with ui:
+        result = evaluate_checkpoint(checkpoint, cfg, split, ui.progress)
+    lines = [f"{name:>14}  {_number(value)}" for name, value in result["iou"].items()]
+    ui.result(result, "\n".join([f"mIoU {_number(result['miou'])} on {result['images']} images of {split!r}", "IoU by class:", *lines]))
+
+
+@app.command()
+def score(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder (any fsspec URI).")],
+    manifest: Annotated[str, typer.Argument(help="manifest.parquet, or a folder of images.")],
+    out: Annotated[str, typer.Option(help="Folder for the scores table.")],
+    config: OptionalConfig = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Streams images through both branches and writes one row of scores an image.
+
+    Example: raysal score runs/demo/rounds/002/checkpoint runs/demo/manifest.parquet --out runs/demo/scores
+    """
+    from raysal.cluster import connected
+    from raysal.rounds.single import open_manifest
+    from raysal.stream.score import score_pool
+
+    cfg, ui = load(config, set_), _ui(json_)
+    table = open_manifest(manifest)
+    with ui, connected(cfg.compute):
+        summary = score_pool(table, checkpoint, out, cfg, on_progress=ui.progress)
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.counts.items()))
+    ui.result(
+        {"scores": out, "counts": summary.counts, "images_per_second": summary.images_per_second},
+        f"scores {out}: {counts}; {summary.images_per_second:.1f} images/s",
+    )
+
+
+@app.command()
+def query(
+    scores: Annotated[str, typer.Argument(help="Scores table: a folder or file of Parquet.")],
+    budget: Annotated[int, typer.Option(min=1, help="Images to choose.")],
+    out: Annotated[str, typer.Option(help="Parquet file for the queue.")],
+    strategy: Annotated[str, typer.Option(help="random, entropy, uncertainty, ueq, ...; see docs/method.md.")] = "ueq",
+    labeled: Annotated[str | None, typer.Option(help="Labels that exist already (a labels.parquet): never chosen again.")] = None,
+    manifest: Annotated[str | None, typer.Option(help="Manifest with sites and drives, for query.group_cap.")] = None,
+    config: OptionalConfig = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Picks what to label next from a scores table.
+
+    Example: raysal query runs/demo/rounds/000/scores --strategy ueq --budget 42 --out queue.parquet
+    """
+    from raysal.rounds.single import query_scores
+
+    cfg, ui = load(config, [f"query.strategy={strategy}", *set_]), _ui(json_)
+    rows = query_scores(scores, cfg, budget, out, labeled, manifest)
+    text = "\n".join(f"{r['rank']:>5}  {_number(r['score'])}  {r['uri']}" for r in rows[:20])
+    more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
+    ui.result({"queue": out, "chosen": rows}, f"{text}{more}\nqueue {out}: {len(rows)} images by {strategy}")
+
+
+@app.command()
+def synth(
+    out: Annotated[str, typer.Argument(help="Folder or fsspec URI of the archive.")],
+    images: Annotated[int, typer.Option(min=1, help="Scenes of the pool (split train).")] = 400,
+    val_images: Annotated[int, typer.Option(min=0, help="Held-out scenes (split val).")] = 64,
+    size: Annotated[int, typer.Option(min=32, max=4096, help="Height and width in pixels.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another planet day.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Writes a synthetic archive of Mars scenes with exact masks; the same seed gives the same bytes.
+
+    Example: raysal synth archive --images 1000 --size 256 --seed 7
+    """
+    from raysal.datasets.synthetic import write_archive
+
+    ui = _ui(json_)
+    with ui:
+        ui.stage(0, "synth", "start", 0)
+        write_archive(out, images, val_images, size, seed, progress=lambda done, total: ui.progress(done, total, {}))
+    ui.result({"archive": out, "images": images, "val_images": val_images}, f"archive {out}: {images} + {val_images} scenes of {size} px")
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(help="Run folder.")], json_: Json = False) -> None:
+    """The HTML report of a run: learning curve, per-class IoU, what was asked for, good and bad cases.
+
+    Example: raysal report runs/demo
+    """
+    from raysal.report import build
+
+    ui = _ui(json_)
+    with ui:
+        page = build(run)
+    ui.result({"report": page}, f"report {page}")
+
+
+def packaged_config(name: str) -> Path:
+    """A configuration that ships with raysal: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise ConfigError(f"configs/{name}.yaml is missing from this installation; install raysal again")
+
+
+def main() -> None:
+    """Entry point: maps errors to exit codes (0 done, 1 failed, 2 bad usage or input)."""
+    _quiet()
+    try:
+        app()
+    except RaysalError as error:
+        print(f"raysal: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _run_loop(cfg: Config, as_json: bool) -> None:
+    from raysal.cluster import connected
+    from raysal.report import build
+    from raysal.rounds.loop import run_loop
+
+    ui = _ui(as_json)
+    with ui, connected(cfg.compute):
+        outcome = run_loop(cfg, ui.watcher())
+        page = build(outcome.run)
+    result = {
+        "run": outcome.run,
+        "stopped": outcome.stopped,
+        "checkpoint": outcome.checkpoint,
+        "labels": outcome.labels,
+        "report": page,
+        "rounds": [{k: m[k] for k in ("round", "labels", "miou", "seconds")} for m in outcome.rounds],
+    }
+    ui.result(result, lambda: ui.summary(outcome, page, cfg))
+
+
+def _dry_run(cfg: Config, as_json: bool) -> None:
+    from raysal.rounds.estimate import estimate
+
+    ui = _ui(as_json)
+    with ui:
+        plan = estimate(cfg)
+    ui.result(plan.to_dict(), plan.text())
+
+
+def _ui(as_json: bool) -> Ui:
+    return Ui(as_json)
+
+
+def _number(value: Any) -> str:
+    return "  -  " if value is None else f"{value:.4f}"
+
+
+def _quiet() -> None:
+    """Libraries that greet, warn of their own future, or phone home are kept quiet; RAYSAL_WORKER_LOGS=1 shows Ray's workers."""
+    for key, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(key, value)

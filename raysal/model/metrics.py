@@ -1,0 +1,95 @@
+"""What a model is worth: confusion, IoU, accuracy and calibration. All add up over batches and workers before any ratio."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysal.labels import IGNORE
+
+
+def confusion(pred_BHW: Any, truth_BHW: Any, n: int) -> Tensor:
+    """Counts of pixels by true and predicted class.
+
+    Args:
+        pred_BHW: Class ids below n, any shape, integer tensor or array.
+        truth_BHW: Class ids of the same shape; pixels of 255 are left out.
+        n: Number of classes.
+
+    Returns:
+        int64 [n, n] on the truth's device: rows are the truth, columns the prediction. Sum them over batches and workers.
+
+    Raises:
+        ValueError: The shapes differ, or an id is n or above.
+    """
+    pred, truth = torch.as_tensor(pred_BHW), torch.as_tensor(truth_BHW)
+    if pred.shape != truth.shape:
+        raise ValueError(f"prediction has shape {tuple(pred.shape)}, truth {tuple(truth.shape)}; they must be equal")
+    labelled = truth != IGNORE
+    pairs = torch.stack([truth[labelled].long(), pred[labelled].long().to(truth.device)])
+    if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < n:
+        raise ValueError(f"class ids span {int(pairs.min())} to {int(pairs.max())}; expected 0 to {n - 1}, or {IGNORE} in the truth")
+    return torch.bincount(n * pairs[0] + pairs[1], minlength=n * n).view(n, n)
+
+
+def iou(confusion_CC: Any) -> Tensor:
+    """Intersection over union of each class: float64 [n]; nan where a class is neither in the truth nor predicted."""
+    counts_CC = torch.as_tensor(confusion_CC).double().cpu()
+    both_C = counts_CC.diagonal()
+    return both_C / (counts_CC.sum(0) + counts_CC.sum(1) - both_C)
+
+
+def miou(confusion_CC: Any) -> float:
+    """Mean IoU over classes that occur in the truth or the prediction; nan where none does."""
+    return float(iou(confusion_CC).nanmean())
+
+
+def accuracy(confusion_CC: Any) -> float:
+    """Share of labelled pixels that are right; nan where none is labelled."""
+    counts_CC = torch.as_tensor(confusion_CC).double().cpu()
+    return float(counts_CC.diagonal().sum() / counts_CC.sum())
+
+
+class Calibration:
+    """Streaming reliability diagram: how often pixels predicted at a confidence are right (Guo et al., ICML 2017).
+
+    Attributes:
+        sums: float64 [3, n_bins] on the CPU: pixels, right pixels, summed confidence.
+    """
+
+    def __init__(self, n_bins: int = 15) -> None:
+        self.sums = torch.zeros(3, n_bins, dtype=torch.float64)
+
+    def add(self, probabilities_BCHW: Any, truth_BHW: Any) -> None:
+        """Adds a batch: probabilities [B, C, H, W], truth [B, H, W] with 255 = ignored. Bin i holds [i/n, (i+1)/n), the last 1 too."""
+        confidence, predicted = (x.cpu() for x in torch.as_tensor(probabilities_BCHW).float().max(dim=1))
+        truth = torch.as_tensor(truth_BHW).cpu()
+        labelled = truth != IGNORE
+        confidence, right = confidence[labelled].double(), (predicted == truth)[labelled].double()
+        n_bins = self.sums.shape[1]
+        bins = (confidence * n_bins).long().clamp_(0, n_bins - 1)
+        for row, values in zip(self.sums, (torch.ones_like(right), right, confidence), strict=True):
+            row += torch.bincount(bins, weights=values, minlength=n_bins)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The running sums themselves; all-reduce them in place to merge workers."""
+        return (self.sums,)
+
+    def ece(self) -> float:
+        """Expected calibration error: mean over pixels of |accuracy - confidence| of their bin; nan where nothing was added."""
+        count, right, confidence = self.sums
+        return float((right - confidence).abs().sum() / count.sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: bin edges, pixels, accuracy and mean confidence of each bin (None in empty bins), and the ece."""
+        count, right, confidence = self.sums
+        ece = self.ece()
+        return {
+            "ece": None if ece != ece else ece,
+            "edges": [i / len(count) for i in range(len(count) + 1)],
+            "pixels": [int(c) for c in count],
+            "accuracy": [float(r / c) if c else None for r, c in zip(right, count, strict=True)],
+            "confidence": [float(s / c) if c else None for s, c in zip(confidence, count, strict=True)],
+        }

@@ -1,0 +1,253 @@
+"""Two segmentation branches of one architecture that share an input and nothing else.
+
+The architectures and encoders are those of segmentation-models-pytorch (smp) and timm. Cross pseudo supervision
+(Chen et al., CVPR 2021) wants two networks with the same encoder weights and differently drawn decoders and heads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from typing import Any, Literal
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from raysal.config import ModelConfig
+from raysal.errors import CheckpointError, ConfigError
+from raysal.model.encoder_weights import EncoderWeights, is_file, load_encoder_weights
+
+Resolution = Literal["full", "decoder"]
+
+ARCHITECTURES: dict[str, type[nn.Module]] = {a.__name__: a for a in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+
+_SMALLEST_PX = {"PAN": 128}  # its feature pyramid halves the encoder's last map three times
+
+
+class TwoBranch(nn.Module):
+    """Both branches in one module, so that one forward pass and one DDP wrapper serve them.
+
+    Args:
+        cfg: Architecture, encoder, its weights, normalisation, dropout.
+        n_classes: Channels of the logits.
+        seed: Decides every random weight. Branches draw from different streams: with encoder weights their encoders are
+            equal and their decoders and heads differ; without, all weights differ.
+
+    Attributes:
+        branches: The two smp models; their heads end before the last upsampling, which `forward` does.
+        n_classes: Channels of the logits.
+        encoder_weights: What was loaded into the encoders, None for random weights.
+        memory_format: Layout of the images that the branches see; `prepare` sets it.
+
+    Raises:
+        ConfigError: The architecture or encoder is unknown, or the two don't fit each other.
+        CheckpointError: The encoder weights can't be had or don't fit the encoder.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, cfg: ModelConfig, n_classes: int, seed: int) -> None:
+        super().__init__()
+        self.n_classes = n_classes
+        self.encoder_weights: EncoderWeights | None = None
+        self.memory_format = torch.contiguous_format
+        # Not persistent: they belong to the configuration, which a checkpoint carries beside the weights.
+        self.register_buffer("mean", 255 * torch.tensor(cfg.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(cfg.std).view(1, 3, 1, 1), persistent=False)
+        branches = [_build_branch(cfg, n_classes, 2 * seed + k) for k in (0, 1)]
+        if cfg.encoder_weights is not None:
+            encoders = [branch.encoder for branch in branches]
+            if is_file(cfg.encoder_weights):
+                self.encoder_weights = load_encoder_weights(encoders, cfg.encoder_weights)
+            else:
+                pretrained = _build_branch(cfg, n_classes, seed, cfg.encoder_weights).encoder.state_dict()
+                for encoder in encoders:
+                    encoder.load_state_dict(pretrained)
+                self.encoder_weights = EncoderWeights(cfg.encoder_weights, len(pretrained), (), ())
+        for branch in branches:
+            _take_upsampling(branch.segmentation_head)
+            if cfg.dropout > 0 and not _has_dropout(branch):
+                branch.segmentation_head = nn.Sequential(nn.Dropout2d(cfg.dropout), branch.segmentation_head)
+        self.branches = nn.ModuleList(branches)
+        self._stride = int(branches[0].encoder.output_stride)
+        self._smallest = _SMALLEST_PX.get(type(branches[0]).__name__, 1)
+
+    def forward(self, images_BCHW: Tensor, resolution: Resolution = "full") -> tuple[Tensor, Tensor]:
+        """Logits of both branches.
+
+        Args:
+            images_BCHW: [B, 3, H, W] RGB, uint8 or float in 0..255, of any height and width: inside, the bottom and the
+                right are padded to what the encoder divides by, and the logits cropped back.
+            resolution: ``full`` gives [B, C, H, W]; ``decoder`` stops before the last upsampling (DeepLab: H/4, rounded up).
+
+        Returns:
+            Two float32 tensors, also under autocast.
+        """
+        z1, z2, _ = self._run(images_BCHW, resolution)
+        return z1, z2
+
+    def branch(self, k: int, images_BCHW: Tensor, resolution: Resolution = "full") -> Tensor:
+        """Logits of branch k (0 or 1) alone; see `forward`."""
+        return self._logits(k, self._normalise(images_BCHW), images_BCHW.shape[-2:], resolution)[0]
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Embeddings of images: float32 [B, D], the L2-normalised mean of branch 0's last encoder stage over positions."""
+        return _embedding(_encode(self.branches[0], self._normalise(images_BCHW))[0][-1])
+
+    def with_features(self, images_BCHW: Tensor, resolution: Resolution = "full") -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` and `features` give, in one pass: both logits and the embeddings."""
+        z1, z2, last_BDhw = self._run(images_BCHW, resolution)
+        return z1, z2, _embedding(last_BDhw)
+
+    def _run(self, images_BCHW: Tensor, resolution: Resolution) -> tuple[Tensor, Tensor, Tensor]:
+        x_BCHW, size_HW = self._normalise(images_BCHW), images_BCHW.shape[-2:]
+        z1, last_BDhw = self._logits(0, x_BCHW, size_HW, resolution)
+        return z1, self._logits(1, x_BCHW, size_HW, resolution)[0], last_BDhw
+
+    def _normalise(self, images_BCHW: Tensor) -> Tensor:
+        """Float images in units of std around mean, padded to the stride by repeating the border (zeros would draw an edge)."""
+        x_BCHW = (images_BCHW.float() - self.mean) / self.std
+        height, width = x_BCHW.shape[-2:]
+        bottom, right = (max(self._smallest, math.ceil(n / self._stride) * self._stride) - n for n in (height, width))
+        if bottom or right:
+            x_BCHW = F.pad(x_BCHW, (0, right, 0, bottom), mode="replicate")
+        return x_BCHW.contiguous(memory_format=self.memory_format)
+
+    def _logits(self, k: int, x_BCHW: Tensor, size_HW: torch.Size, resolution: Resolution) -> tuple[Tensor, Tensor]:
+        """Logits of one branch cropped to the image, and its last encoder stage."""
+        branch: Any = self.branches[k]
+        padded_HW = x_BCHW.shape[-2:]
+        stages, prefix = _encode(branch, x_BCHW)
+        z_BChw = branch.segmentation_head(branch.decoder(stages, *prefix)).float()
+        if resolution == "full" and z_BChw.shape[-2:] != padded_HW:
+            z_BChw = F.interpolate(z_BChw, size=padded_HW, mode="bilinear", align_corners=True)  # as smp's own heads do
+        height, width = (math.ceil(n * z / p) for n, z, p in zip(size_HW, z_BChw.shape[-2:], padded_HW, strict=True))
+        return z_BChw[..., :height, :width], stages[-1]
+
+
+def prepare(model: TwoBranch, cfg: ModelConfig, device: torch.device | str) -> TwoBranch:
+    """Readies a model for training on a device, before DDP wraps it: placement, layout, synchronised norms, compilation.
+
+    Parameters that no logit depends on (PSPNet's and DPT's encoders have some) are frozen, as DDP waits for every gradient.
+
+    Raises:
+        ConfigError: `model.sync_bn` on several CPU workers; PyTorch synchronises batch norm on accelerators only.
+    """
+    _freeze_unused(model)
+    place(model, cfg, device)
+    if cfg.sync_bn and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if torch.device(device).type == "cpu":
+            raise ConfigError("model.sync_bn: true, but the workers train on CPUs, where PyTorch has no such norm; set it false")
+        for k, branch in enumerate(model.branches):
+            model.branches[k] = convert_sync_batchnorm(branch)  # timm's: torch's own loses the activation of fused norms
+    if cfg.compile:
+        for part in (p for branch in model.branches for p in branch.children()):
+            part.compile()  # encoder, decoder, head; in place, so that checkpoint keys stay the same
+    return model
+
+
+def place(model: TwoBranch, cfg: ModelConfig, device: torch.device | str) -> TwoBranch:
+    """Moves a model to a device, in the memory layout that the configuration asks for."""
+    model.memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    model.to(device)
+    for branch in model.branches:
+        branch.to(memory_format=model.memory_format)
+    return model
+
+
+def dropouts(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model that drop something; MC dropout turns these alone to train mode."""
+    return [m for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0]
+
+
+def _build_branch(cfg: ModelConfig, n_classes: int, seed: int, hub_weights: str | None = None) -> Any:
+    """One smp model whose random weights depend on the seed alone; leaves the global random state as it was."""
+    architecture = _architecture(cfg.arch)
+    options: dict[str, Any] = {"encoder_weights": hub_weights}
+    if cfg.encoder.startswith("tu-"):
+        _known_timm(cfg.encoder)
+        options["encoder_weights"] = True if hub_weights else None  # timm names its weights in the encoder's name
+    elif cfg.encoder not in smp.encoders.get_encoder_names():
+        raise ConfigError(_unknown("model.encoder", cfg.encoder, smp.encoders.get_encoder_names()))
+    parameters = inspect.signature(architecture.__init__).parameters
+    if cfg.output_stride is not None:
+        if "encoder_output_stride" not in parameters:
+            raise ConfigError(f"model.output_stride: {cfg.arch} has no such setting; leave it null or take a DeepLab or PAN")
+        options["encoder_output_stride"] = cfg.output_stride
+    if architecture is smp.DPT:
+        options["dynamic_img_size"] = True  # else a vision transformer takes images of one size only
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return architecture(encoder_name=cfg.encoder, classes=n_classes, **options)
+        except OSError as error:
+            raise CheckpointError(
+                f"model.encoder_weights: {hub_weights!r} can't be downloaded ({error}); check the connection, "
+                "or give a .safetensors file or URI"
+            ) from error
+        except Exception as error:  # smp and timm raise all sorts where parts don't fit each other
+            raise ConfigError(
+                f"model: {cfg.arch} with encoder {cfg.encoder!r} and encoder weights {hub_weights!r} can't be built "
+                f"({type(error).__name__}: {error}); change model.arch, model.encoder, model.output_stride or model.encoder_weights"
+            ) from error
+
+
+def _architecture(name: str) -> type[nn.Module]:
+    for known, architecture in ARCHITECTURES.items():
+        if known.lower() == name.lower():
+            return architecture
+    raise ConfigError(_unknown("model.arch", name, list(ARCHITECTURES)))
+
+
+def _known_timm(encoder: str) -> None:
+    name = encoder.removeprefix("tu-").partition(".")[0]
+    if not timm.is_model(name):
+        raise ConfigError(_unknown("model.encoder", encoder, [f"tu-{n}" for n in timm.list_models()]))
+
+
+def _unknown(key: str, name: str, known: list[str]) -> str:
+    lower = {n.lower(): n for n in known}
+    near = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
+    return f"{key}: {name!r} is not known; " + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:40])}")
+
+
+def _encode(branch: Any, x_BCHW: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The encoder's stages, and what else its decoder wants (vision transformers: the prefix tokens)."""
+    out = branch.encoder(x_BCHW)
+    return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+
+
+def _embedding(last_BDhw: Tensor) -> Tensor:
+    return F.normalize(last_BDhw.float().mean(dim=(2, 3)), dim=1)
+
+
+def _take_upsampling(head: Any) -> None:
+    """Ends a head before its upsampling, so that logits are to be had at decoder resolution. No key of the weights changes."""
+    for name, child in head.named_children():
+        if isinstance(child, nn.Upsample):
+            setattr(head, name, nn.Identity())
+    if hasattr(head, "upsampling_factor"):  # DPT's head upsamples inside its forward
+        head.upsampling_factor = 1
+
+
+def _has_dropout(branch: Any) -> bool:
+    return bool(dropouts(branch.decoder) or dropouts(branch.segmentation_head))
+
+
+def _freeze_unused(model: TwoBranch) -> None:
+    """Freezes parameters without influence on the logits, found by one backward pass of a small image in eval mode."""
+    was_training = model.training
+    model.eval()
+    side = max(64, model._smallest)
+    sum(z.sum() for z in model(torch.zeros(1, 3, side, side, device=model.mean.device))).backward()  # type: ignore[union-attr]
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)

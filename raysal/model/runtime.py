@@ -1,0 +1,187 @@
+"""How a forward pass is run: the one way from images to logits and masks, for training metrics, scoring, labeling and serving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysal.model.checkpoint import ModelInfo, load
+from raysal.model.network import Resolution, TwoBranch, dropouts, place
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about images of one size.
+
+    Attributes:
+        masks: uint8 [B, H, W] class ids at the images' own size.
+        confidence: float32 [B, H, W] probability of that class.
+        probabilities: float32 [B, C, H, W]; sums to 1 over classes.
+    """
+
+    masks: np.ndarray
+    confidence: np.ndarray
+    probabilities: np.ndarray
+
+
+class Predictor:
+    """Runs a model, so that one image has one mask to the byte, whatever else is in its batch and whoever asks.
+
+    Convolution libraries on CPUs choose their kernels, and so the last bits of a sum, by batch size and number of threads.
+    There, every image goes through the network alone on one thread, and as many images at once as the process has threads.
+    Accelerators compute whole batches; their last bits may follow the batch size.
+
+    Args:
+        model: Put in eval mode and on the device.
+        info: Its description.
+        device: Where it runs.
+        digest: Of the checkpoint it came from; empty for a model that has none yet.
+
+    Attributes:
+        model, info, device, digest: As given.
+    """
+
+    def __init__(self, model: TwoBranch, info: ModelInfo, device: torch.device | str = "cpu", digest: str = "") -> None:
+        self.info, self.device, self.digest = info, torch.device(device), digest
+        self.model = place(model, info.model, self.device).eval()
+        self._threads = _OneThreadEach() if self.device.type == "cpu" else None
+
+    @classmethod
+    def load(cls, uri: str, device: torch.device | str = "cpu") -> Predictor:
+        """From a checkpoint folder. Raises CheckpointError where it can't be used."""
+        loaded = load(uri, device)
+        return cls(loaded.model, loaded.info, device, loaded.digest)
+
+    def logits(self, images: Sequence[np.ndarray], resolution: Resolution = "full") -> tuple[Tensor, Tensor]:
+        """Logits of both branches, float32 [B, C, h, w] on the device, at the network's input size or decoder resolution.
+
+        Args:
+            images: uint8 [H, W, 3] RGB arrays of one size.
+            resolution: ``full`` is the size after `input_scale`; ``decoder`` is before the last upsampling (DeepLab: a quarter).
+
+        Raises:
+            ValueError: No images, of several sizes, or not uint8 RGB.
+        """
+        z1, z2 = self._each(lambda x: self.model(self._scaled(x), resolution), images)
+        return z1, z2
+
+    def logits_and_features(self, images: Sequence[np.ndarray], resolution: Resolution = "full") -> tuple[Tensor, Tensor, Tensor]:
+        """`logits`, and the images' embeddings float32 [B, D] (see `TwoBranch.features`) from the same pass."""
+        z1, z2, features = self._each(lambda x: self.model.with_features(self._scaled(x), resolution), images)
+        return z1, z2, features
+
+    def features(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Embeddings alone: float32 [B, D] on the device, L2-normalised."""
+        return self._each(lambda x: (self.model.features(self._scaled(x)),), images)[0]
+
+    def mc_logits(
+        self, images: Sequence[np.ndarray], seeds: Sequence[int], passes: int, resolution: Resolution = "full"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits under `passes` draws of dropout, one pair a pass: what BALD sums up.
+
+        Draws depend on an image's own seed and the pass alone, so every image goes through by itself on any device.
+
+        Args:
+            images: uint8 [H, W, 3] RGB arrays of one size.
+            seeds: One an image; any integers of up to 63 bits.
+            passes: How many draws.
+            resolution: As in `logits`.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        for t in range(passes):
+            pairs = []
+            for image, seed in zip(images, seeds, strict=True):
+                with mc_dropout(self.model), torch.random.fork_rng(devices):
+                    torch.manual_seed((seed + t * 0x9E3779B97F4A7C15) % 2**63)
+                    pairs.append(self.logits([image], resolution))
+            z1, z2 = (torch.cat(z) for z in zip(*pairs, strict=True))
+            yield z1, z2
+
+    def predict(self, images: Sequence[np.ndarray]) -> Prediction:
+        """Masks at the images' own size, from the mean of both branches' softmax (or branch 1's, as `info.predict` says).
+
+        Args:
+            images: uint8 [H, W, 3] RGB arrays of one size.
+
+        Raises:
+            ValueError: No images, of several sizes, or not uint8 RGB.
+        """
+        probabilities, confidence, masks = (t.cpu().numpy() for t in self._each(self._predict, images))
+        return Prediction(masks, confidence, probabilities)
+
+    def _predict(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BCHW, size_HW = self._scaled(images_BCHW), images_BCHW.shape[-2:]
+        logits = self.model(x_BCHW) if self.info.predict == "mean" else (self.model.branch(0, x_BCHW),)
+        p_BCHW = torch.stack([resize(z, size_HW).softmax(dim=1) for z in logits]).mean(dim=0)
+        confidence_BHW, masks_BHW = p_BCHW.max(dim=1)
+        return p_BCHW, confidence_BHW, masks_BHW.to(torch.uint8)
+
+    def _scaled(self, images_BCHW: Tensor) -> Tensor:
+        return scale_images(images_BCHW, self.info.input_scale)
+
+    def _each(self, run: Callable[[Tensor], tuple[Tensor, ...]], images: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+        """Runs on a batch [B, 3, H, W] of uint8 images without gradients, as the class promises."""
+        batch_BCHW = to_batch(images).to(self.device)
+        if self._threads is None:
+            with torch.no_grad():
+                return run(batch_BCHW)
+        return tuple(torch.cat(parts) for parts in zip(*self._threads.map(run, batch_BCHW.split(1)), strict=True))
+
+
+class _OneThreadEach:
+    """Calls a function on several inputs at once, each call on one torch thread and without gradients."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def map(self, run: Callable[[Tensor], tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        if self._pool is None:
+            # The setting holds for the thread that makes it; the caller keeps its own.
+            self._pool = ThreadPoolExecutor(torch.get_num_threads(), "predict", torch.set_num_threads, (1,))
+        return list(self._pool.map(torch.no_grad()(run), inputs))
+
+
+def to_batch(images: Sequence[np.ndarray]) -> Tensor:
+    """Stacks uint8 [H, W, 3] arrays of one size to a tensor uint8 [B, 3, H, W].
+
+    Raises:
+        ValueError: No images, of several sizes, or not uint8 RGB.
+    """
+    seen = {(image.shape, str(image.dtype)) for image in images}
+    if len(seen) != 1 or any(len(shape) != 3 or shape[2] != 3 or 0 in shape or dtype != "uint8" for shape, dtype in seen):
+        raise ValueError(f"expected uint8 images [height, width, 3] of one size, got {sorted(seen) or 'none'}; group images by size")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def scale_images(images_BCHW: Tensor, scale: float) -> Tensor:
+    """Images resized for the network: float32 0..255, sides times scale rounded half up and at least 1 px, antialiased."""
+    size_HW = tuple(max(1, math.floor(n * scale + 0.5)) for n in images_BCHW.shape[-2:])
+    return resize(images_BCHW.float(), size_HW)
+
+
+def resize(x_BCHW: Tensor, size_HW: Sequence[int]) -> Tensor:
+    """Bilinear to a size in pixels, antialiased where it shrinks; the same tensor where nothing changes."""
+    if x_BCHW.shape[-2:] == tuple(size_HW):
+        return x_BCHW
+    return F.interpolate(x_BCHW, size=list(size_HW), mode="bilinear", antialias=True)
+
+
+@contextmanager
+def mc_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout draws inside, for BALD; all else, batch norm above all, stays in eval mode."""
+    modules = [m for m in dropouts(model) if not m.training]
+    for module in modules:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()

@@ -1,0 +1,122 @@
+"""What a person sees while long work runs: bars on a terminal, plain lines elsewhere; JSON on stdout when asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from raysal.config import Config
+
+if TYPE_CHECKING:
+    from raysal.rounds.loop import Outcome, Watcher
+
+WORDS = {
+    "choose": "choosing what to label",
+    "buy": "buying labels",
+    "train": "training both branches",
+    "score": "scoring the pool",
+    "label": "masks for the pool",
+    "final": "last training",
+    "synth": "drawing scenes",
+}
+PLAIN_EVERY_S = 10.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+class Ui:
+    """Progress and results of one command. Logs and bars go to stderr, results to stdout."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json, self.console, self.out = as_json, Console(stderr=True), Console()
+        self.live = self.console.is_terminal
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._title, self._said = "", 0.0
+
+    def __enter__(self) -> Ui:
+        if self.live:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=self.console, transient=True,
+            )  # fmt: skip
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if kind is KeyboardInterrupt:
+            self.say("stopped; the same command goes on from here")
+
+    def watcher(self) -> Watcher:
+        """The loop's callbacks."""
+        from raysal.rounds.loop import Watcher
+
+        return Watcher(on_stage=self.stage, on_progress=self.progress, on_round=self.round, on_warning=self.warning)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def warning(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    def stage(self, round_: int, name: str, what: str, seconds: float) -> None:
+        words = WORDS.get(name, name)
+        self._title, self._said = f"round {round_}: {words}" if name != "synth" else words, time.monotonic()
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        if what == "start" and not self.live:
+            self.say(self._title)
+        elif what == "done":
+            self.say(f"{self._title} - {seconds:.0f} s")
+        elif what == "kept":
+            self.say(f"{self._title} - done before")
+
+    def progress(self, done: int, total: int, numbers: dict) -> None:
+        note = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in numbers.items() if k in ("loss", "images_per_second"))
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(self._title, total=total, note=note)
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        elif time.monotonic() - self._said >= PLAIN_EVERY_S or (done == total and self._said):
+            self._said = time.monotonic()
+            self.say(f"  {done}/{total}" + (f"  {note}" if note else ""))
+
+    def round(self, metrics: dict) -> None:
+        value = "-" if metrics["miou"] is None else f"{metrics['miou']:.3f}"
+        self.say(f"round {metrics['round']}: {metrics['labels']} labels, val mIoU {value}")
+
+    def result(self, value: dict, text: str | Callable[[], Any]) -> None:
+        """The result: JSON, or text for people."""
+        if self.as_json:
+            print(json.dumps(value), flush=True)
+        elif callable(text):
+            text()
+        else:
+            print(text, flush=True)
+        sys.stdout.flush()
+
+    def summary(self, outcome: Outcome, page: str, cfg: Config) -> None:
+        """Table of rounds, and where everything is."""
+        table = Table("round", "labels", "val mIoU", "weakest class", "train s", "score s", title=f"{cfg.name}: {cfg.query.strategy}")
+        for m in outcome.rounds:
+            iou = {k: v for k, v in (m.get("iou") or {}).items() if v is not None}
+            weakest = min(iou, key=lambda k: iou[k]) if iou else None
+            seconds = m["seconds"]
+            table.add_row(
+                str(m["round"]), str(m["labels"]), "-" if m["miou"] is None else f"{m['miou']:.3f}",
+                f"{weakest} {iou[weakest]:.2f}" if weakest else "-",
+                f"{seconds.get('train', 0) + seconds.get('final', 0):.0f}", f"{seconds['score']:.0f}" if "score" in seconds else "-",
+            )  # fmt: skip
+        self.out.print(table)
+        reason = {"rounds": "all rounds done", "target": "target reached", "no gain": "no more gain", "uncertainty": "the model is certain"}
+        for name, where in (("ended", reason[outcome.stopped]), ("report", page), ("masks", outcome.labels), ("model", outcome.checkpoint)):
+            self.out.print(f"{name:>7}  {where}", highlight=False, soft_wrap=True, markup=False)

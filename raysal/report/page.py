@@ -1,0 +1,276 @@
+"""One HTML file that tells what a run did: styles and pictures inside it, no scripts, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import raysal
+from raysal.archive.uris import absolute, exists, join, write_bytes
+from raysal.errors import InputError
+from raysal.labels import LabelSet
+from raysal.report import figures, sections
+from raysal.report.asked import Labeled, Request, pool_masks, requests
+from raysal.report.examples import Example, Examples, examples
+from raysal.report.gather import Run, label_set, mapping, number, read_run, rows
+from raysal.report.pictures import Limits, heat, jpeg_uri, mask_uri, overlay, shrink
+from raysal.report.sections import Desk, full_miou, labels_of, rates, times
+from raysal.report.theme import LIGHT, png
+
+REASONS_SHOWN = 5
+HERO_LEAST_PX = 380
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Images of one table that became no mask or score: their status, how many, and a few of the reasons."""
+
+    where: str
+    status: str
+    count: int
+    reasons: tuple[tuple[str, str], ...]
+
+
+def build(run_uri: str) -> str:
+    """Writes ``report/index.html`` and its figures as PNG into a run folder, whatever stage the run has come to.
+
+    Missing files leave gaps that the page names; damaged ones leave a note on it.
+
+    Args:
+        run_uri: Run folder, local or any fsspec URI.
+
+    Returns:
+        URI of index.html.
+
+    Raises:
+        InputError: There is no such folder, or it is no run.
+    """
+    uri = absolute(run_uri)
+    if not any(exists(join(uri, name)) for name in ("config.yaml", "run.json", "rounds")):
+        raise InputError(f"{run_uri}: no run folder (no config.yaml, run.json or rounds/ in it); give the folder that `raysal loop` wrote to")
+    page = join(uri, "report", "index.html")
+    write_bytes(page, render(read_run(uri)).encode())
+    return page
+
+
+def render(run: Run) -> str:
+    """The page of a run as HTML text; figures are written beside it on the way."""
+    seen = _examples(run)
+    classes = seen.label_set if seen else label_set(run)
+    desk = Desk(run, classes, join(run.uri, "report"))
+    limits = Limits(run.config.data.max_bytes, run.config.data.max_pixels) if run.config else Limits()
+    asked, masks = requests(run, limits, classes.n_classes), run.attempt("masks of the pool", lambda: pool_masks(run, classes, limits), [])
+    context: dict[str, Any] = {
+        "run": run,
+        "label_set": classes,
+        "head": headline(run, classes),
+        "hero": _hero(run, seen, masks, classes),
+        "charts": {
+            "learning": sections.learning(desk),
+            "by_class": sections.by_class(desk),
+            "trust": sections.trust(desk),
+            "training": sections.training(desk),
+            "effort": sections.effort(desk),
+        },
+        "seen": seen,
+        "asked": asked,
+        "masks": masks,
+        "trouble": trouble(run),
+        "warnings": warnings_of(run),
+        "table": _table(run),
+        "facts": facts(run),
+        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    _sheets(desk, seen, asked, masks)
+    return environment(classes).get_template("page.html.j2").render(context).lstrip()
+
+
+def environment(classes: LabelSet) -> Environment:
+    """Templates with every value escaped; pictures become data URIs by filters."""
+    env = Environment(
+        loader=PackageLoader("raysal.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    env.filters.update(
+        percent=percent,
+        duration=duration,
+        figures=significant,
+        photo=lambda image: jpeg_uri(image),
+        mask=lambda mask_HW: mask_uri(mask_HW, classes),
+        heat=lambda map_HW, top: jpeg_uri(heat(map_HW, top), 88),
+        rgb=lambda color: "#" + "".join(f"{int(c):02x}" for c in color),
+        is_text=lambda value: isinstance(value, str),
+    )
+    return env
+
+
+def percent(value: object, digits: int = 1) -> str:
+    """0.61234 -> "61.2 %"; a dash where there is no number."""
+    n = number(value)
+    return "–" if math.isnan(n) else f"{100 * n:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def significant(value: object) -> str:
+    """Three significant figures; a dash where there is no number."""
+    n = number(value)
+    return "–" if math.isnan(n) else f"{n:.3g}"
+
+
+def duration(seconds: object) -> str:
+    """A time as people say it: "42 s", "12 min 4 s", "3 h 20 min"."""
+    n = number(seconds)
+    if math.isnan(n):
+        return "–"
+    if n < 60:
+        return f"{n:.0f} s" if n >= 9.95 else f"{n:.1f} s"
+    minutes, rest = divmod(round(n), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def headline(run: Run, classes: LabelSet) -> dict[str, Any]:
+    """Title and the four numbers that stand on the first screen."""
+    done, full = run.finished, full_miou(run)
+    last = done[-1] if done else None
+    best = max(done, key=lambda r: number(r.metrics["miou"])) if done else None
+    miou = number(last.metrics["miou"]) if last else math.nan
+    spent = times(run)
+    labels = labels_of(last) if last else sum(len(r.bought) for r in run.rounds)
+    return {
+        "title": run.config.name if run.config else run.uri.rstrip("/").rpartition("/")[2],
+        "miou": miou,
+        "of_full": miou / full if full else math.nan,
+        "full": full,
+        "best": best if best is not last else None,
+        "first": number(done[0].metrics["miou"]) if len(done) > 1 else math.nan,
+        "labels": labels,
+        "share": labels / run.pool if run.pool else math.nan,
+        "seconds": sum(s for stages in spent.values() for s in stages.values()) if spent else math.nan,
+        "speed": rates(run),
+        "planned": run.config.loop.rounds + 1 if run.config else None,
+        "masked": _masked(run),
+    }
+
+
+def _masked(run: Run) -> int | None:
+    table = rows(run, join(run.uri, "labels"), "labels", ["status"])
+    return None if table is None else int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
+
+
+def _examples(run: Run) -> Examples | None:
+    cfg, checkpoint = run.config, next((c for c in (r.checkpoint for r in reversed(run.rounds)) if c), None)
+    if cfg is None or checkpoint is None:
+        return None
+    return run.attempt("val images", lambda: examples(run, cfg, checkpoint), None)
+
+
+def _hero(run: Run, seen: Examples | None, masks: list[Labeled], classes: LabelSet) -> dict[str, Any] | None:
+    """The big picture: a typical val image, photo and mask; without val images, one of the pool's masks."""
+    if seen:
+        e = seen.typical
+        return {"photo": e.image, "mask": overlay(e.image, e.mask, classes, 0.62), "name": e.item.name, "miou": e.miou, "small": _small(e.image)}
+    picture = next((m for m in masks if not isinstance(m.picture, str)), None)
+    if picture is None:
+        return None
+    return {"photo": None, "mask": picture.picture, "name": picture.name, "miou": math.nan, "small": True}
+
+
+def _small(image: np.ndarray) -> bool:
+    return max(image.shape[:2]) < HERO_LEAST_PX
+
+
+def trouble(run: Run) -> list[Trouble]:
+    """Rows that are not ok, of the pool's masks and of the newest scores."""
+    sources = [("masks of the pool", join(run.uri, "labels"))]
+    sources += [(f"scores of round {r.number}", r.scores) for r in reversed(run.rounds)]
+    found: list[Trouble] = []
+    for where, uri in sources:
+        table = rows(run, uri, where, ["uri", "status", "error"])
+        if table is None:
+            continue
+        bad = table.filter(pc.not_equal(table["status"], "ok")).to_pylist()
+        for status, count in Counter(str(row["status"]) for row in bad).most_common():
+            reasons = [(str(row["uri"]), str(row["error"] or "")) for row in bad if str(row["status"]) == status]
+            found.append(Trouble(where, status, count, tuple(reasons[:REASONS_SHOWN])))
+        if where.startswith("scores"):
+            break
+    return found
+
+
+def warnings_of(run: Run) -> list[str]:
+    """Warnings that the run kept, in run.json or in a stage's marker; each once."""
+    kept = [run.record.get("warnings")]
+    for this in run.rounds:
+        kept += [source.get("warnings") for stage in this.stages.values() for source in (stage, mapping(stage.get("outputs")))]
+    return list(dict.fromkeys(str(w) for warnings in kept if isinstance(warnings, list) for w in warnings))
+
+
+def _table(run: Run) -> list[dict[str, Any]]:
+    """A row a round, for readers who want the numbers."""
+    full, spent = full_miou(run), times(run)
+    return [
+        {
+            "round": r.number,
+            "labels": labels_of(r),
+            "share": labels_of(r) / run.pool if run.pool else math.nan,
+            "miou": number(r.metrics["miou"]),
+            "of_full": number(r.metrics["miou"]) / full if full else math.nan,
+            "accuracy": number(r.metrics.get("accuracy")),
+            "ece": number(mapping(r.metrics.get("calibration")).get("ece")),
+            "doubt": number(r.metrics.get("pool_uncertainty")),
+            "seconds": sum(spent[f"round {r.number}"].values()) if f"round {r.number}" in spent else math.nan,
+        }
+        for r in run.finished
+    ]
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Where everything came from: digests, versions, times, as (name, value)."""
+    found = [("run folder", run.uri)]
+    if run.config:
+        found += [("config digest", run.config.digest()), ("data set", run.config.data.root or run.config.data.reader)]
+    found += _flat(run.record)
+    for r in run.rounds:
+        digest = r.metrics.get("checkpoint_digest")
+        found += [(f"checkpoint of round {r.number}", str(digest))] if digest else []
+    return [*dict.fromkeys(found), ("report written by", f"raysal {raysal.__version__}")]
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += _flat(mapping(value), f"{prefix}{key} ")
+        elif isinstance(value, (str, int, float)) and key != "config_digest":
+            found.append((f"{prefix}{key}".replace("_", " "), str(value)))
+    return found[:40]
+
+
+def _sheets(desk: Desk, seen: Examples | None, asked: list[Request], masks: list[Labeled]) -> None:
+    """The page's picture galleries as PNG files too, for slides."""
+
+    def write(name: str, tiles: list[tuple[np.ndarray, str]], columns: int, headings: tuple[str, ...] = ()) -> None:
+        if tiles:
+            uri = join(desk.folder, f"{name}.png")
+            desk.run.attempt(uri, lambda: write_bytes(uri, png(figures.sheet(tiles, columns, LIGHT, headings))), None)
+
+    for name, rows_ in (("best", seen.best), ("worst", seen.worst)) if seen else ():
+        tiles = [tile for e in rows_ for tile in _strip(e, desk.label_set, seen.top if seen else 1)]
+        write(f"val_{name}", tiles, 4, ("image", "expert's truth", "model's mask", "uncertainty"))
+    for request in asked:
+        write(
+            f"asked_round_{request.round:03d}",
+            [(i.picture, f"#{i.rank}  {significant(i.score)}") for i in request.images if not isinstance(i.picture, str)], 6,
+        )  # fmt: skip
+    write("pool_masks", [(m.picture, m.name) for m in masks if not isinstance(m.picture, str)], 6)
+
+
+def _strip(example: Example, classes: LabelSet, top: float) -> list[tuple[np.ndarray, str]]:
+    drawn = heat(example.uncertainty, top) if example.uncertainty is not None else shrink(example.image, 1)
+    name = f"{example.item.name}: {percent(example.miou)}"
+    return [(example.image, name), (classes.colorize(example.truth), ""), (classes.colorize(example.mask), ""), (drawn, "")]

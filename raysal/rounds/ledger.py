@@ -1,0 +1,135 @@
+"""The ledger of a run: what each round did, stage by stage.
+
+A stage writes its outputs, then its marker; marked stages are never repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+import yaml
+
+import raysal
+from raysal.archive.uris import absolute, exists, is_local, join, list_names, read_bytes, write_bytes
+from raysal.config import Config, build
+from raysal.errors import ConfigError, InputError
+
+OnStage = Callable[[int, str, str, float], None]
+"""Called with (round, stage, "start" | "done" | "kept", seconds)."""
+
+EXTENDABLE = {"rounds", "target_miou", "no_gain_rounds", "min_gain", "uncertainty_below", "full_miou"}
+"""Knobs of ``loop`` that may change between two calls on one run: they only say how far to go."""
+
+
+class Ledger:
+    """Folder of a run at any fsspec URI.
+
+    Args:
+        run: URI of the run folder.
+        on_stage: Told of each stage as it begins, ends, or is found done.
+    """
+
+    def __init__(self, run: str, on_stage: OnStage | None = None) -> None:
+        self.run, self.on_stage = absolute(run), on_stage or (lambda *_: None)
+
+    def folder(self, round_: int) -> str:
+        return join(self.run, "rounds", f"{round_:03d}")
+
+    def open(self, cfg: Config) -> None:
+        """Records the configuration, or checks that the run was begun with the same.
+
+        Raises:
+            ConfigError: The run was begun with other values; each is named.
+        """
+        uri = join(self.run, "config.yaml")
+        if exists(uri):
+            before = build(yaml.safe_load(read_bytes(uri)), uri)
+            if changed := _differences(before, cfg):
+                raise ConfigError(
+                    f"{self.run} was begun with another configuration; use another run folder (run=...) or put these back:\n  "
+                    + "\n  ".join(changed)
+                )
+        write_bytes(uri, cfg.to_yaml().encode())
+        uri = join(self.run, "run.json")
+        if not exists(uri):
+            write_json(uri, {"config_digest": cfg.digest(), "raysal_version": raysal.__version__, "created_at": _now()})
+
+    def done(self, round_: int, stage: str) -> dict[str, Any] | None:
+        """Outputs of a finished stage, None where it is not finished."""
+        uri = join(self.folder(round_), "stages", f"{stage}.json")
+        return read_json(uri)["outputs"] if exists(uri) else None
+
+    def stage(self, round_: int, name: str, work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        """Does a stage once. `work` gets the round's folder and returns small JSON-able outputs; returns them, now or from the marker."""
+        kept = self.done(round_, name)
+        if kept is not None:
+            self.on_stage(round_, name, "kept", 0.0)
+            return kept
+        self.on_stage(round_, name, "start", 0.0)
+        start = time.monotonic()
+        outputs = work(self.folder(round_))
+        seconds = round(time.monotonic() - start, 2)
+        marker = {"stage": name, "round": round_, "finished_at": _now(), "seconds": seconds, "outputs": outputs}
+        write_json(join(self.folder(round_), "stages", f"{name}.json"), marker)
+        self.on_stage(round_, name, "done", seconds)
+        return outputs
+
+    def seconds(self, round_: int) -> dict[str, float]:
+        """Seconds of each finished stage of a round."""
+        folder = join(self.folder(round_), "stages")
+        return {n.removesuffix(".json"): read_json(join(folder, n))["seconds"] for n in list_names(folder) if n.endswith(".json")}
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second driver off the same local run; the lock ends with the process, however it ends.
+
+        Raises:
+            InputError: Another process is at work on this run.
+        """
+        if not is_local(self.run):  # object stores have no locks: one driver a run is the operator's promise there
+            yield
+            return
+        os.makedirs(self.run, exist_ok=True)
+        with open(os.path.join(self.run, ".lock"), "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(f"{self.run}: another process is at work on this run; wait for it, or use another run folder") from error
+            yield
+
+
+def write_json(uri: str, value: object) -> None:
+    """Writes JSON whole or not at all."""
+    write_bytes(uri, json.dumps(value, indent=1, allow_nan=False).encode())
+
+
+def read_json(uri: str) -> Any:
+    """Reads JSON of the ledger. Raises InputError where the file is damaged."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise InputError(f"{uri}: damaged ({error}); delete this file to do its stage again") from error
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _differences(before: Config, now: Config) -> list[str]:
+    left, right = (c.model_dump(mode="json", exclude={"run", "name", "compute"}) for c in (before, now))
+    return [f"{k}: was {a!r}, now {b!r}" for k, a, b in _leaves(left, right) if k.removeprefix("loop.") not in EXTENDABLE]
+
+
+def _leaves(left: Any, right: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in {**left, **right}:
+            yield from _leaves(left.get(key), right.get(key), f"{prefix}{key}.")
+    elif left != right:
+        yield prefix.rstrip("."), left, right

@@ -1,0 +1,85 @@
+"""Labels every image of an archive: a mask, how sure it is, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+import numpy as np
+import pyarrow as pa
+
+import raysal
+from raysal.archive.tables import labels_schema
+from raysal.config import Config
+from raysal.images.masks import encode_mask
+from raysal.labels import IGNORE
+from raysal.stream.pool import Progress, Summary, run_pool
+from raysal.stream.worker import Picture, PoolWorker, Row
+
+
+def label_pool(
+    manifest: pa.Table | str,
+    checkpoint_uri: str,
+    out_uri: str,
+    cfg: Config,
+    on_progress: Progress | None = None,
+    rows_per_shard: int | None = None,
+) -> Summary:
+    """Streams an archive through the model and writes one mask an image (`raysal.archive.tables.labels_schema`).
+
+    Ray must be initialised. Masks have their image's own size; pixels that are not valid are 255 and count as abstained.
+
+    Args:
+        manifest: A manifest table, or the URI of one.
+        checkpoint_uri: The model.
+        out_uri: Folder for the shards and ``_SUCCESS``; an earlier output there is replaced.
+        cfg: `data`'s limits, `score.batch_size`, `compute`; its digest goes into every row.
+        on_progress: Called as on_progress(done, total, counts by status) after each block.
+        rows_per_shard: Rows of a shard; None chooses.
+
+    Returns:
+        Rows by status, the checkpoint's digest, and the speed.
+
+    Raises:
+        InputError: Manifest, checkpoint, output folder or cluster can't be used; found before any long work.
+        RaysalError: The run broke down.
+    """
+    return run_pool(
+        LabelImages,
+        manifest,
+        checkpoint_uri,
+        out_uri,
+        schema=labels_schema(),
+        cfg=cfg,
+        on_progress=on_progress,
+        rows_per_shard=rows_per_shard,
+    )
+
+
+class LabelImages(PoolWorker):
+    """A mask of each image, with its confidence and provenance."""
+
+    def common(self) -> Row:
+        return {
+            "model_digest": self.task.model_digest,
+            "config_digest": self.cfg.digest(),
+            "raysal_version": raysal.__version__,
+            "labeled_at": datetime.now(timezone.utc),
+        }
+
+    def rows(self, pictures: Sequence[Picture]) -> list[Row]:
+        found = self.predictor.predict([p.image_HWC for p in pictures])
+        return [self._row(p, found.masks[i], found.confidence[i]) for i, p in enumerate(pictures)]
+
+    def _row(self, picture: Picture, mask_HW: np.ndarray, confidence_HW: np.ndarray) -> Row:
+        if not np.isfinite(confidence_HW).all():
+            raise ValueError(f"the network's output for {picture.source.uri} is not finite; was the training stable?")
+        kept = picture.valid_HW
+        counts_C = np.bincount(mask_HW[kept], minlength=self.predictor.info.label_set.n_classes)
+        return {
+            "mask_png": encode_mask(np.where(kept, mask_HW, np.uint8(IGNORE))),
+            "confidence": float(confidence_HW[kept].mean(dtype=np.float64)) if kept.any() else None,
+            "abstained": float(1 - kept.mean()),
+            "class_fractions": (counts_C / max(1, int(counts_C.sum()))).astype(np.float32),
+            "source_sha256": picture.sha256,
+        }

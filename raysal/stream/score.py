@@ -1,0 +1,138 @@
+"""Scores every image of a pool with both branches: what `raysal.query.select` chooses from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raysal.archive.tables import scores_schema
+from raysal.config import Config
+from raysal.errors import ConfigError, InputError
+from raysal.model.checkpoint import read_info
+from raysal.query.scores import Bald, score_columns, score_images
+from raysal.stream.pool import Progress, Summary, run_pool
+from raysal.stream.worker import Picture, PoolWorker, Row
+
+PROJECTION_SEED = 20_260_101
+"""Of the embeddings' projection; a constant, so that embeddings of different runs compare."""
+
+
+def score_pool(
+    manifest: pa.Table | str,
+    checkpoint_uri: str,
+    out_uri: str,
+    cfg: Config,
+    class_bonus: Sequence[float] | np.ndarray | None = None,
+    on_progress: Progress | None = None,
+    rows_per_shard: int | None = None,
+) -> Summary:
+    """Streams an archive through the model and writes one row of scores an image (`raysal.archive.tables.scores_schema`).
+
+    Ray must be initialised. Scores do not depend on shards, order, batch size or number of actors. No label of the pool can
+    be read: of a manifest only id, uri and the exclude masks are.
+
+    Args:
+        manifest: A manifest table, or the URI of one.
+        checkpoint_uri: The model.
+        out_uri: Folder for the shards and ``_SUCCESS``; an earlier output there is replaced.
+        cfg: `score`, the columns that `query.strategy` needs beyond it, `data`'s limits, `compute`.
+        class_bonus: omega_C by class id, from `raysal.query.scores.rarity_bonus`; needed where `score.class_bonus` is on.
+        on_progress: Called as on_progress(done, total, counts by status) after each block.
+        rows_per_shard: Rows of a shard; None chooses.
+
+    Returns:
+        Rows by status, the checkpoint's digest, and the speed.
+
+    Raises:
+        InputError: Manifest, checkpoint, configuration, output folder or cluster can't be used; found before any long work.
+        RaysalError: The run broke down.
+    """
+    if cfg.score.class_bonus and class_bonus is None:
+        raise ConfigError("score.class_bonus is on, but the labelled images per class are not known here; turn it off or give class_bonus")
+    names = score_columns(cfg.score, cfg.query.strategy)
+    classes = read_info(checkpoint_uri).label_set.n_classes
+    if class_bonus is not None and len(class_bonus) != classes:
+        raise InputError(f"class_bonus has {len(class_bonus)} values, the model of {checkpoint_uri} {classes} classes; give one a class")
+    cfg = cfg.model_copy(update={"score": cfg.score.model_copy(update={"scores": names})})
+    return run_pool(
+        ScoreImages,
+        manifest,
+        checkpoint_uri,
+        out_uri,
+        schema=scores_schema(names, cfg.score.embedding_dim),
+        cfg=cfg,
+        on_progress=on_progress,
+        class_bonus=None if class_bonus is None else [float(w) for w in class_bonus],
+        rows_per_shard=rows_per_shard,
+    )
+
+
+class ScoreImages(PoolWorker):
+    """Scores, class fractions and an embedding of each image."""
+
+    def common(self) -> Row:
+        return {"model_digest": self.task.model_digest, "scored_at": datetime.now(timezone.utc)}
+
+    def rows(self, pictures: Sequence[Picture]) -> list[Row]:
+        cfg = self.cfg.score
+        images = [p.image_HWC for p in pictures]
+        z1, z2, features = self.predictor.logits_and_features(images, cfg.resolution)
+        valid = torch.from_numpy(np.stack([p.valid_HW for p in pictures])).to(z1.device)
+        bald = self._bald(pictures) if "bald" in cfg.scores else None
+        found = score_images(z1, z2, valid, cfg, self.task.class_bonus, bald)
+        fractions = found.pop("class_fractions").astype(np.float32)
+        embeddings = embed(features, cfg.embedding_dim)
+        rows = []
+        for i, picture in enumerate(pictures):
+            row: Row = {name: float(score[i]) for name, score in found.items()}
+            if not np.isfinite(list(row.values())).all() or not np.isfinite(embeddings[i]).all():
+                raise ValueError(f"the network's output for {picture.source.uri} is not finite; was the training stable?")
+            row["class_fractions"] = fractions[i]
+            if cfg.embedding_dim:
+                row["embedding"] = embeddings[i]
+            rows.append(row)
+        return rows
+
+    def _bald(self, pictures: Sequence[Picture]) -> Tensor:
+        """The map of `Bald`; draws follow (seed, image id, pass), so that no shard, order or batch changes them."""
+        bald = Bald()
+        seeds = [dropout_seed(self.cfg.seed, p.source.id) for p in pictures]
+        images = [p.image_HWC for p in pictures]
+        for z1, z2 in self.predictor.mc_logits(images, seeds, self.cfg.score.bald_passes, self.cfg.score.resolution):
+            bald.add(z1, z2)
+        return bald.map()
+
+
+def dropout_seed(seed: int, image_id: str) -> int:
+    """A 63-bit seed from (seed, id)."""
+    digest = hashlib.blake2b(f"dropout:{seed}:{image_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def embed(features_BD: Tensor, dim: int) -> np.ndarray:
+    """Embeddings of a fixed length from encoder features of any.
+
+    More features than `dim` are projected by a fixed Gaussian matrix, which keeps cosine distances up to
+    about 1/sqrt(dim) (Johnson and Lindenstrauss, 1984); fewer are padded with zeros, which keeps them exactly.
+
+    Args:
+        features_BD: float [B, D].
+        dim: Length wanted; 0 gives [B, 0].
+
+    Returns:
+        float16 [B, dim], L2-normalised.
+    """
+    f_BD = features_BD.float().cpu().numpy()
+    own = f_BD.shape[1]
+    if own > dim:
+        # RandomState: its stream is frozen for ever, that of newer generators may change with numpy.
+        f_BD = f_BD @ np.random.RandomState(PROJECTION_SEED).standard_normal((own, dim)).astype(np.float32)
+    else:
+        f_BD = np.pad(f_BD, ((0, 0), (0, dim - own)))
+    return (f_BD / np.maximum(np.linalg.norm(f_BD, axis=1, keepdims=True), 1e-12)).astype(np.float16)

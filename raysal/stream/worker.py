@@ -1,0 +1,270 @@
+"""What one actor does with a block of manifest rows: fetch, decode, run, write the shard, give a receipt.
+
+Whatever goes wrong with one image becomes its row. Subclasses say what is computed (`PoolWorker.rows`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from raysal.archive.tables import write_table
+from raysal.archive.uris import fetch_image, join, read_bytes, remove_tree, write_bytes
+from raysal.config import Config
+from raysal.datasets.base import read_valid
+from raysal.errors import CheckpointError, ImageError
+from raysal.images.decode import decode_image
+from raysal.model.runtime import Predictor
+
+STATUSES = ("ok", "fetch", "decode", "limit", "model")
+"""What can become of an image, as in the tables' ``status``."""
+
+READERS = 8
+"""Threads of an actor that fetch and decode ahead of the network; they wait far more than they work."""
+
+FORWARD_PIXELS = 8 * 2**20
+"""Pixels of one forward pass at most, whatever the batch size; a larger image goes alone."""
+
+HELD_BATCHES = 4
+"""Decoded images an actor holds, in batches: where an archive has many sizes, batches go before they are full."""
+
+PLAIN_ATTEMPTS = 2
+"""Deaths over one block after which it is done image by image, to find the one that kills."""
+
+Row = dict[str, Any]
+"""A row of the output table by column; columns left out are null."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What actors need to know; small, as it is sent to each of them.
+
+    Attributes:
+        cfg: The run's configuration.
+        checkpoint_uri: Where the model is.
+        model_digest: What it must be: a checkpoint overwritten while the run goes on must not mix two models in one output.
+        out_uri: Folder of the shards.
+        schema: Of the output table.
+        device: Where the model runs.
+        threads: torch threads of an actor.
+        class_bonus: omega_C of the scores, None without.
+    """
+
+    cfg: Config
+    checkpoint_uri: str
+    model_digest: str
+    out_uri: str
+    schema: pa.Schema
+    device: str
+    threads: int
+    class_bonus: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A manifest row: what is known of an image before it is fetched."""
+
+    id: str
+    uri: str
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image ready to run.
+
+    Attributes:
+        source: Where it came from.
+        image_HWC: uint8 RGB.
+        valid_HW: bool; pixels known to be valid without labels.
+        sha256: Hex digest of the file's bytes.
+    """
+
+    source: Source
+    image_HWC: np.ndarray
+    valid_HW: np.ndarray
+    sha256: str
+
+    @property
+    def shape_HW(self) -> tuple[int, int]:
+        return self.valid_HW.shape[0], self.valid_HW.shape[1]
+
+
+class PoolWorker:
+    """The callable that Ray Data keeps in each actor: a block of manifest rows in, a receipt out.
+
+    Args:
+        task: What to do; the model is loaded once.
+
+    Raises:
+        CheckpointError: The checkpoint can't be used, or is no longer the one that the run began with.
+    """
+
+    def __init__(self, task: Task) -> None:
+        # Ray sets OMP_NUM_THREADS to the logical CPUs of an actor, which are a share for scheduling, not the cores it may use.
+        torch.set_num_threads(task.threads)
+        self.task, self.cfg = task, task.cfg
+        self.predictor = Predictor.load(task.checkpoint_uri, task.device)
+        if self.predictor.digest != task.model_digest:
+            raise CheckpointError(
+                f"{task.checkpoint_uri}: the checkpoint changed while the run went on (digest {self.predictor.digest[:12]}, "
+                f"at the start {task.model_digest[:12]}); run again, and train into another folder meanwhile"
+            )
+        self._readers = ThreadPoolExecutor(READERS, "read")
+
+    def rows(self, pictures: Sequence[Picture]) -> list[Row]:
+        """The output rows of images of one size, in order, without the columns that every row has."""
+        raise NotImplementedError
+
+    def common(self) -> Row:
+        """Columns that every row of this run has, whatever became of the image."""
+        return {}
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Works off a block.
+
+        Args:
+            block: Columns id, uri and perhaps exclude.
+
+        Returns:
+            One row: the shard's name, and how many rows it has of each status.
+        """
+        columns = block.to_pydict()
+        exclude = columns.get("exclude") or [None] * len(columns["id"])
+        sources = [Source(i, uri, tuple(e or ())) for i, uri, e in zip(columns["id"], columns["uri"], exclude, strict=True)]
+        shard = shard_name([s.id for s in sources])
+        with Attempt(join(self.task.out_uri, f"_attempt-{shard}.json")) as attempt:
+            found = self._work(sources) if attempt.plain else self._work_carefully(sources, attempt)
+            common = self.common()
+            table = pa.Table.from_pylist([{**common, **row} for row in found], schema=self.task.schema)
+            write_table(join(self.task.out_uri, shard), table)
+        counts = Counter(row["status"] for row in found)
+        return pa.table({"shard": [shard], **{status: [counts[status]] for status in STATUSES}})
+
+    def _work(self, sources: Sequence[Source]) -> list[Row]:
+        """A row for each source, in order. Images of one size run together; reading goes on while the network works."""
+        done: dict[int, Row] = {}
+        waiting: dict[tuple[int, int], list[tuple[int, Picture]]] = defaultdict(list)
+
+        def run(shape_HW: tuple[int, int]) -> None:
+            places, pictures = zip(*waiting.pop(shape_HW), strict=True)
+            done.update(zip(places, self._run(pictures), strict=True))
+
+        for place, picture in enumerate(self._read_ahead(sources)):
+            if isinstance(picture, ImageError):
+                done[place] = failed(sources[place], picture.status, picture)
+                continue
+            waiting[picture.shape_HW].append((place, picture))
+            if len(waiting[picture.shape_HW]) >= self._batch(picture.shape_HW):
+                run(picture.shape_HW)
+            elif sum(map(len, waiting.values())) >= HELD_BATCHES * self.cfg.score.batch_size:
+                run(max(waiting, key=lambda shape: len(waiting[shape])))
+        for shape in list(waiting):
+            run(shape)
+        return [done[place] for place in range(len(sources))]
+
+    def _work_carefully(self, sources: Sequence[Source], attempt: Attempt) -> list[Row]:
+        """One image at a time, each noted before it is touched; those that killed a process are passed over."""
+        found = []
+        for source in sources:
+            if source.id in attempt.deadly:
+                error = f"{source.uri}: the process died over it (out of memory, or a decoder crashed); look at it by itself"
+                found.append(failed(source, "model", error))
+            else:
+                attempt.note(source.id)
+                found += self._work([source])
+        return found
+
+    def _run(self, pictures: Sequence[Picture]) -> list[Row]:
+        """Rows of images of one size. Where a batch fails, its images run one by one, so that one costs only itself."""
+        try:
+            return [_whole(p.source, row, p.shape_HW) for p, row in zip(pictures, self.rows(pictures), strict=True)]
+        except Exception as error:  # one image can't stop a run, whatever the network says to it
+            if "CUDA error" in str(error):  # the accelerator's state is lost, and no image's fault
+                raise
+            if len(pictures) > 1:
+                return [row for p in pictures for row in self._run([p])]
+            return [failed(pictures[0].source, "model", f"{pictures[0].source.uri}: {type(error).__name__}: {error}")]
+
+    def _batch(self, shape_HW: tuple[int, int]) -> int:
+        return max(1, min(self.cfg.score.batch_size, FORWARD_PIXELS // (shape_HW[0] * shape_HW[1])))
+
+    def _read_ahead(self, sources: Iterable[Source]) -> Iterator[Picture | ImageError]:
+        """Images in order, read by threads that stay at most two batches ahead: memory holds for blocks of any length."""
+        ahead: deque[Future[Picture | ImageError]] = deque()
+        for source in sources:
+            ahead.append(self._readers.submit(self._read, source))
+            if len(ahead) > 2 * self.cfg.score.batch_size:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _read(self, source: Source) -> Picture | ImageError:
+        data = self.cfg.data
+        try:
+            encoded = fetch_image(source.uri, data.max_bytes)
+            image_HWC = decode_image(encoded, data.max_pixels, source.uri)
+            valid_HW = read_valid(source.exclude, (image_HWC.shape[0], image_HWC.shape[1]), data.max_bytes, data.max_pixels)
+        except ImageError as error:
+            return error
+        except Exception as error:  # nothing that an image holds may stop the run
+            return ImageError("decode", f"{source.uri}: {type(error).__name__}: {error}")
+        return Picture(source, image_HWC, valid_HW, hashlib.sha256(encoded).hexdigest())
+
+
+class Attempt:
+    """Remembers, in a note beside the shards, that a block was begun: a block whose actors keep dying must end all the same.
+
+    A note that is still there when a block begins tells of a death. Deaths happen to the innocent (a node is taken away), so
+    a block is done as always once more; after that image by image, each named in the note before it is touched. The image named
+    when the next process dies is passed over from then on.
+
+    Attributes:
+        plain: Whether to work as always.
+        deadly: Ids of images that a process died over.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        try:
+            seen = json.loads(read_bytes(uri))
+        except (FileNotFoundError, ValueError):
+            seen = {"begun": 0, "at": None, "deadly": []}
+        self._begun = seen["begun"] + 1
+        self.deadly: set[str] = {*seen["deadly"], *([seen["at"]] if seen["at"] else [])}
+        self.plain = self._begun <= PLAIN_ATTEMPTS
+
+    def __enter__(self) -> Attempt:
+        self.note(None)
+        return self
+
+    def note(self, at: str | None) -> None:
+        """Writes down which image comes next."""
+        state = {"begun": self._begun, "at": at, "deadly": sorted(self.deadly)}
+        write_bytes(self._uri, json.dumps(state).encode())
+
+    def __exit__(self, *_: object) -> None:
+        remove_tree(self._uri)
+
+
+def shard_name(ids: Sequence[str]) -> str:
+    """The file of a block, from its ids alone: done again, a block replaces its own shard."""
+    return f"part-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:24]}.parquet"
+
+
+def failed(source: Source, status: str, error: object) -> Row:
+    """The row of an image that could not be used."""
+    return {"id": source.id, "uri": source.uri, "status": status, "error": str(error)}
+
+
+def _whole(source: Source, row: Row, shape_HW: tuple[int, int]) -> Row:
+    return {"id": source.id, "uri": source.uri, "status": "ok", "height": shape_HW[0], "width": shape_HW[1], **row}

@@ -1,0 +1,104 @@
+"""What a training step is fed: every image of the schedule is a numbered draw.
+
+Draw ``d`` of a stream is image ``permutation(pass)[d mod n]``, augmented with a seed made from ``d`` alone. So a draw is the same pixels
+whichever worker makes it, whenever, and a resumed training continues at draw ``step * batch`` without replaying anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset as TorchDataset
+
+from raysal.config import Config
+from raysal.datasets.augment import Augment, draw_seed
+from raysal.datasets.base import Dataset, Item
+from raysal.errors import DataError, ImageError
+
+LabeledBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+UnlabeledBatch = tuple[torch.Tensor, torch.Tensor]
+
+
+@lru_cache(maxsize=8)
+def permutation(n: int, seed: int, stream: str, pass_: int) -> np.ndarray:
+    """Order of the n images in one pass: int64 [n]."""
+    return np.random.default_rng(draw_seed(seed, f"{stream}/order", pass_)).permutation(n)
+
+
+class Draws(TorchDataset):
+    """Augmented images by draw number.
+
+    Args:
+        dataset: Reads pixels (its splits are not used).
+        items: The images of this stream.
+        cfg: Whole configuration (seed, augmentation, input scale).
+        stream: Name of the stream; "labeled" also reads masks.
+    """
+
+    def __init__(self, dataset: Dataset, items: Sequence[Item], cfg: Config, stream: str) -> None:
+        self.dataset, self.items, self.seed, self.stream = dataset, items, cfg.seed, stream
+        self.augment = Augment(cfg.augment, cfg.data.input_scale)
+        self.crop_px, self.augin = cfg.augment.crop_px, cfg.augment.augin > 0
+
+    def item(self, draw: int) -> Item:
+        pass_, place = divmod(draw, len(self.items))
+        return self.items[permutation(len(self.items), self.seed, self.stream, pass_)[place]]
+
+    def __getitem__(self, draw: int) -> LabeledBatch:
+        """image uint8 [3, crop, crop], mask uint8 [crop, crop] (255: no label), valid bool [crop, crop]."""
+        item = self.item(draw)
+        other_HWC = self._image(self.item(draw + 1)) if self.augin else None
+        seed = draw_seed(self.seed, self.stream, draw)
+        image_HWC = self._image(item)
+        if image_HWC is None:  # nothing to learn from: every pixel is marked as not valid
+            blank = np.zeros((self.crop_px, self.crop_px, 3), np.uint8)
+            return self.augment(blank, None, np.zeros(blank.shape[:2], bool), seed)
+        shape_HW = image_HWC.shape[:2]
+        if self.stream != "labeled":
+            return self.augment(image_HWC, None, self.dataset.valid(item, shape_HW), seed, other_HWC)
+        return self.augment(image_HWC, self.dataset.mask(item, shape_HW), self.dataset.valid(item, shape_HW), seed, other_HWC)
+
+    def _image(self, item: Item) -> np.ndarray | None:
+        try:
+            return self.dataset.image(item)
+        except ImageError as error:
+            if self.stream == "labeled":
+                raise DataError(f"labelled image {error}; restore the file, or start a new run without it") from error
+            return None
+
+
+class _Batches:
+    """Batches of draw numbers for one rank: of each global batch, its contiguous share."""
+
+    def __init__(self, start_step: int, steps: int, batch: int, rank: int, world: int) -> None:
+        self.start_step, self.steps, self.batch, self.rank, self.world = start_step, steps, batch, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch // self.world
+        for step in range(self.start_step, self.steps):
+            first = step * self.batch + self.rank * share
+            yield list(range(first, first + share))
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start_step)
+
+
+def loader(draws: Draws, start_step: int, steps: int, batch: int, rank: int, world: int, processes: int) -> DataLoader:
+    """A seeded, cycled `DataLoader` over draws: yields batches of (image [b,3,s,s], mask [b,s,s], valid [b,s,s])."""
+    return DataLoader(
+        draws,
+        batch_sampler=_Batches(start_step, steps, batch, rank, world),
+        num_workers=processes,
+        multiprocessing_context="forkserver" if processes else None,
+        persistent_workers=bool(processes),
+    )
+
+
+def share(batch: int, world: int, name: str) -> int:
+    """Images of a global batch on one worker. Raises DataError where they don't divide."""
+    if batch % world:
+        raise DataError(f"{name}={batch} does not divide over {world} workers; use a multiple of {world}, or other compute.train_workers")
+    return batch // world

@@ -1,0 +1,320 @@
+"""The thin adapter that runs the loop under Ray Train, with unlabelled images from a Ray Data shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from torch import nn
+
+from raysal import cluster
+from raysal.archive.uris import exists, join, list_names, open_fs, read_bytes, remove_tree, write_bytes
+from raysal.config import Config
+from raysal.errors import RaysalError
+from raysal.train.feeds import Draws, UnlabeledBatch, share
+from raysal.train.logs import Log, read_log
+from raysal.train.loop import CHECKPOINT_FILES, Plan, train
+
+OnProgress = Callable[[int, int, dict], None]
+
+SEGMENT_BLOCKS = 4096
+"""Blocks that one execution of the unlabelled stream holds; a longer schedule opens the stream again."""
+
+IMAGES_PER_BLOCK = 64
+"""Unlabelled images that one decode task makes: enough to hide a task's overhead, few enough to start at once."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left.
+
+    Attributes:
+        checkpoint: URI of the chosen checkpoint folder.
+        metrics: Its evaluation (`Evaluation.to_dict`), or None where there was no val split.
+    """
+
+    checkpoint: str
+    metrics: dict | None
+
+
+def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Trained:
+    """Trains a plan to its end; the same call with the same folder goes on where it was stopped.
+
+    Args:
+        plan: What to train.
+        folder: URI that holds checkpoints, metrics.jsonl and TensorBoard files; shared by all nodes.
+        on_progress: Called now and then with (steps done, steps, last record of metrics).
+
+    Raises:
+        ResourceError: The cluster can't carry the workers.
+        RaysalError: Training failed more often than compute.max_failures.
+    """
+    compute = plan.cfg.compute
+    cluster.check_training(compute)
+    _drop_broken(folder)
+    with cluster.data_context(), _watch(plan.cfg, folder, on_progress):
+        try:
+            result = _trainer(plan, folder).fit()
+        except ray.train.TrainingFailedError as error:
+            raise RaysalError(
+                f"training in {folder} failed: {_root_cause(error)}; mend the cause and run the same command: "
+                "it resumes from the last checkpoint"
+            ) from error
+    if compute.train_workers == 0:
+        return _local_result(plan, folder)
+    chosen = result.checkpoint
+    if plan.cfg.loop.checkpoint == "best":
+        chosen, _ = max(result.best_checkpoints or [], key=lambda found: found[1]["miou"])
+    assert chosen is not None, "a finished training has reported a checkpoint"
+    return _trained(join(folder, "fit", os.path.basename(chosen.path.rstrip("/"))))
+
+
+def _trainer(plan: Plan, folder: str) -> ray.train.torch.TorchTrainer:
+    compute = plan.cfg.compute
+    return ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"plan": ray.put(plan), "folder": folder},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.train_workers,
+            use_gpu=compute.use_gpu,
+            resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if compute.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="fit",
+            storage_path=_path(folder),
+            storage_filesystem=_filesystem(folder),
+            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=plan.cfg.train.keep_checkpoints, checkpoint_score_attribute="miou", checkpoint_score_order="max"
+            ),
+        ),
+        datasets={"unlabeled": _unlabeled_dataset(plan, folder)} if plan.semi_supervised else {},
+        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+    )
+
+
+def fetch_checkpoint(source: str, target: str) -> None:
+    """Copies the model's files (not the training state) of a checkpoint folder; the description last."""
+    for name in CHECKPOINT_FILES:
+        write_bytes(join(target, name), read_bytes(join(source, name)))
+
+
+def _worker(config: dict) -> None:
+    """Runs on every train worker."""
+    plan: Plan = ray.get(config["plan"])
+    session = (LocalSession if plan.cfg.compute.train_workers == 0 else RaySession)(plan, config["folder"])
+    torch.set_num_threads(_threads(plan.cfg, session))
+    train(plan, session)
+
+
+def _threads(cfg: Config, session: RaySession) -> int:
+    context = ray.train.get_context()
+    return cfg.compute.threads or max(1, (os.cpu_count() or 1) // max(1, context.get_local_world_size()))
+
+
+class RaySession:
+    """The loop's `Session` on Ray Train."""
+
+    def __init__(self, plan: Plan, folder: str) -> None:
+        context = ray.train.get_context()
+        self.plan, self.folder, self._log = plan, folder, Log(folder)
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device() if plan.cfg.compute.use_gpu else torch.device("cpu")
+        self.asynchronous = plan.cfg.compute.asynchronous_upload
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        # The pseudo-label pass and the student's pass both move batch-norm buffers: broadcasting them would trip autograd.
+        return ray.train.torch.prepare_model(model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False})
+
+    def resume(self) -> Path | None:
+        checkpoint = ray.train.get_checkpoint()
+        return Path(checkpoint.to_directory()) if checkpoint else None
+
+    def unlabeled(self, start_step: int) -> Iterator[UnlabeledBatch]:
+        steps, first = self.plan.cfg.train.steps, start_step
+        shard = ray.train.get_dataset_shard("unlabeled")
+        while first < steps:
+            if self.rank == 0:
+                write_bytes(join(self.folder, "feed.json"), json.dumps({"first_draw": first * self.plan.unlabeled_batch}).encode())
+            local = share(self.plan.unlabeled_batch, self.world, "train.batch_unlabeled")
+            for batch in shard.iter_batches(batch_size=local, batch_format="numpy", prefetch_batches=2, drop_last=True):
+                yield torch.tensor(batch["image"]), torch.tensor(batch["valid"])
+            first += _segment_steps(self.plan)
+
+    def report(self, metrics: dict, folder: Path | None) -> None:
+        last = metrics["step"] == self.plan.cfg.train.steps
+        mode = ray.train.CheckpointUploadMode.ASYNC if self.asynchronous and not last else ray.train.CheckpointUploadMode.SYNC
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None,
+            checkpoint_dir_name=f"step-{metrics['step']:08d}",
+            checkpoint_upload_mode=mode,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def log(self, record: dict, first_step: int | None = None) -> None:
+        if self.rank != 0:
+            return
+        if first_step is not None:
+            self._log.start(first_step)
+        self._log.add(record)
+
+
+class LocalSession(RaySession):
+    """In this process, without train workers. Ray's local mode keeps no checkpoints, so they are kept here: the last and the best."""
+
+    def resume(self) -> Path | None:
+        latest = _local_pointer(self.folder).get("latest")
+        return Path(_path(join(self.folder, "fit", latest))) if latest else None
+
+    def report(self, metrics: dict, folder: Path | None) -> None:
+        assert folder is not None
+        pointer = _local_pointer(self.folder)
+        name = f"step-{metrics['step']:08d}"
+        for file in sorted(folder.iterdir()):
+            write_bytes(join(self.folder, "fit", name, file.name), file.read_bytes())
+        shutil.rmtree(folder)
+        better = metrics["miou"] >= pointer.get("best_miou", -1.0)
+        pointer = {
+            "latest": name,
+            "best": name if better else pointer["best"],
+            "best_miou": metrics["miou"] if better else pointer["best_miou"],
+        }
+        write_bytes(join(self.folder, "fit", "local.json"), json.dumps(pointer).encode())
+        for old in list_names(join(self.folder, "fit")):
+            if old.startswith("step-") and old not in (pointer["latest"], pointer["best"]):
+                remove_tree(join(self.folder, "fit", old))
+
+
+def _local_pointer(folder: str) -> dict:
+    uri = join(folder, "fit", "local.json")
+    return json.loads(read_bytes(uri)) if exists(uri) else {}
+
+
+def _local_result(plan: Plan, folder: str) -> Trained:
+    return _trained(join(folder, "fit", _local_pointer(folder)["best" if plan.cfg.loop.checkpoint == "best" else "latest"]))
+
+
+def _trained(uri: str) -> Trained:
+    return Trained(uri, json.loads(read_bytes(join(uri, "model.json")))["parents"]["metrics"])
+
+
+def _segment_steps(plan: Plan) -> int:
+    """Steps of one execution of the stream, on any number of workers a multiple of the steps in a block."""
+    per_block = _steps_per_block(plan)
+    world = max(1, plan.cfg.compute.train_workers)
+    return per_block * max(1, min(-(-plan.cfg.train.steps // per_block), SEGMENT_BLOCKS // world))
+
+
+def _steps_per_block(plan: Plan) -> int:
+    local = plan.unlabeled_batch // max(1, plan.cfg.compute.train_workers)
+    return max(1, IMAGES_PER_BLOCK // max(1, local))
+
+
+def _unlabeled_dataset(plan: Plan, folder: str) -> ray.data.Dataset:
+    """The stream of unlabelled draws, one block = some steps of one worker.
+
+    It is opened anew for each segment of the schedule; ``feed.json`` says at which draw, so that a replaced worker or a restarted driver
+    decodes nothing twice. Pixels cross the object store here, once: from the task that decodes them to the worker that learns from them.
+    """
+    world = max(1, plan.cfg.compute.train_workers)
+    rows = _segment_steps(plan) * plan.unlabeled_batch
+    block = _steps_per_block(plan) * plan.unlabeled_batch // world
+    draws = ray.put(Draws(plan.dataset, plan.unlabeled, plan.cfg, "unlabeled"))
+    end, size = plan.cfg.train.steps * plan.unlabeled_batch, plan.cfg.augment.crop_px
+
+    def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        torch.set_num_threads(1)
+        first = json.loads(read_bytes(join(folder, "feed.json")))["first_draw"]
+        wanted = [int(d) + first for d in batch["id"] if int(d) + first < end]
+        images = np.zeros((len(wanted), 3, size, size), np.uint8)
+        valids = np.zeros((len(wanted), size, size), bool)
+        stream = _cached_draws(draws)
+        for i, draw in enumerate(wanted):
+            image, _, valid = stream[draw]
+            images[i], valids[i] = image.numpy(), valid.numpy()
+        return {"image": images, "valid": valids}
+
+    blocks = -(-rows // block)
+    tasks = plan.cfg.compute.ingest_tasks or max(1, int(ray.cluster_resources().get("CPU", 1)) // 4)
+    return ray.data.range(rows, override_num_blocks=blocks).map_batches(
+        decode,
+        batch_size=None,
+        batch_format="numpy",
+        compute=ray.data.TaskPoolStrategy(size=min(tasks, blocks)),
+        num_cpus=cluster.INGEST_CPUS,
+    )
+
+
+@lru_cache(maxsize=2)
+def _cached_draws(ref: Any) -> Draws:
+    return ray.get(ref)
+
+
+def _path(uri: str) -> str:
+    return open_fs(uri)[1]
+
+
+def _filesystem(uri: str) -> pyarrow.fs.FileSystem | None:
+    """pyarrow's view of an fsspec file system; None for local disks, which Ray knows."""
+    fs, _ = open_fs(uri)
+    return None if isinstance(fs, LocalFileSystem) else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+
+
+def _drop_broken(folder: str) -> None:
+    """Starts a training over whose bookkeeping a kill left half-written: Ray writes it in place and refuses to read it back."""
+    fit_folder = join(folder, "fit")
+    snapshot = join(fit_folder, "checkpoint_manager_snapshot.json")
+    if not exists(snapshot):
+        return
+    try:
+        kept = json.loads(read_bytes(snapshot))["checkpoint_results"]
+        whole = all(exists(join(fit_folder, c["checkpoint_dir_name"], "state.json")) for c in kept)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        remove_tree(fit_folder)
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [str(e).strip().splitlines()[-1] for e in failures.values() if str(e).strip()]
+    return "; ".join(dict.fromkeys(causes)) or str(error).strip().splitlines()[-1]
+
+
+class _watch:
+    """Reports progress from metrics.jsonl while the training runs elsewhere."""
+
+    def __init__(self, cfg: Config, folder: str, on_progress: OnProgress | None) -> None:
+        self.cfg, self.folder, self.on_progress, self._done = cfg, folder, on_progress, threading.Event()
+
+    def __enter__(self) -> None:
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        seen = -1
+        while self.on_progress is not None and not self._done.wait(1.0):
+            records = [r for r in read_log(self.folder) if "loss" in r]
+            if records and records[-1]["step"] != seen:
+                seen = records[-1]["step"]
+                self.on_progress(seen, self.cfg.train.steps, records[-1])

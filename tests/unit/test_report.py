@@ -1,0 +1,625 @@
+"""The report: complete on a whole run, honest on half a run, harmless whatever the files say."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+
+from raysal.archive.tables import labels_schema, manifest_of, queue_schema, read_table, scores_schema, write_table
+from raysal.config import Config, build as build_config
+from raysal.datasets.base import Dataset, Item
+from raysal.datasets.folder import read as read_folder
+from raysal.datasets.synthetic import write_archive
+from raysal.errors import InputError
+from raysal.images.masks import encode_mask
+from raysal.labels import IGNORE, S5MARS, LabelSet
+from raysal.model import checkpoint
+from raysal.model.network import TwoBranch
+from raysal.model.runtime import Predictor
+from raysal.query.scores import class_fractions, score_images
+from raysal.query.select import select, strategy_scores
+from raysal.report import build, examples, figures, page, sections
+from raysal.report.asked import THUMBS, THUMBS_IN_ALL, pool_masks, reasons, requests
+from raysal.report.examples import VAL_IMAGES
+from raysal.report.gather import Round, Run, label_set, mean_fractions, number, read_run
+from raysal.report.pictures import Limits, heat, mask_uri, overlay, shrink
+from raysal.report.theme import DARK, LIGHT, THEMES, plain, png, readable_on
+from raysal.rounds.oracle import buy
+from raysal.train.evaluate import evaluate
+
+CLASSES = S5MARS.classes
+CHARTS = ("learning_curve", "class_iou", "class_balance", "confusion", "reliability", "losses", "agreement", "seconds", "throughput")
+SHEETS = ("val_best", "val_worst", "asked_round_000", "asked_round_001", "pool_masks")
+MB = 2**20
+
+
+# --- a run folder, made of real parts ---------------------------------------------------------------------------------
+
+
+def tiny_config(run: str, **loop: object) -> Config:
+    return build_config(
+        {
+            "name": "tiny <b>run</b>",
+            "run": run,
+            "data": {"synthetic": {"images": 16, "val_images": 5, "size_px": 48}},
+            "model": {"arch": "Unet", "encoder": "tu-mobilenetv3_small_050", "channels_last": False},
+            "loop": {"initial": 4, "per_round": 3, "rounds": 1, "full_miou": 0.8, **loop},
+        }
+    )
+
+
+def put(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def dataset_of(run: Path, cfg: Config) -> Dataset:
+    return read_folder(cfg.data.model_copy(update={"root": str(run / "data")}))
+
+
+class Fabricator:
+    """Writes a run folder stage by stage, as the loop does, with an untrained model unless it is given a trained one."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg, self.run = cfg, Path(cfg.run)
+        made = cfg.data.synthetic
+        write_archive(str(self.run / "data"), made.images, made.val_images, made.size_px, made.seed)
+        self.dataset = dataset_of(self.run, cfg)
+        self.pool, self.val = self.dataset.split("train"), self.dataset.split("val")
+        put(self.run / "config.yaml", cfg.to_yaml())
+        put(self.run / "run.json", {"config_digest": cfg.digest(), "raysal_version": "0.1.0", "created_at": "2026-01-02T03:04:05+00:00"})
+        write_table(str(self.run / "manifest.parquet"), manifest_of(self.pool))
+        self.bought: list[pa.Table] = []
+        self.stages = 0
+        self.by_id = {item.id: item for item in self.pool}
+
+    def folder(self, n: int) -> Path:
+        return self.run / "rounds" / f"{n:03d}"
+
+    def stage(self, n: int, name: str, seconds: float, **outputs: object) -> None:
+        self.stages += 1
+        marker = {"stage": name, "round": n, "finished_at": f"2026-01-02T03:04:{self.stages:02d}", "seconds": seconds, "outputs": outputs}
+        put(self.folder(n) / "stages" / f"{name}.json", marker)
+
+    def choose(self, n: int) -> list[Item]:
+        if n == 0:
+            rows = [
+                {"id": i.id, "uri": i.image, "strategy": "cold start: random", "score": None, "reasons": []}
+                for i in self.pool[:: len(self.pool) // self.cfg.loop.initial][: self.cfg.loop.initial]
+            ]
+        else:
+            table = read_table(str(self.folder(n - 1) / "scores"))
+            table = table.filter(pa.array([s == "ok" for s in table["status"].to_pylist()]))
+            ids = table["id"].to_pylist()
+            columns = {c: table[c].to_numpy() for c in ("uncertainty", "entropy")}
+            value = strategy_scores(columns, ids, "ueq", 0.5, 0, self.cfg.loop.per_round, 4)
+            rows = [
+                {
+                    "id": ids[i],
+                    "uri": self.by_id[ids[i]].image,
+                    "strategy": "ueq",
+                    "score": float(value[i]),
+                    "reasons": [(c, float(v[i])) for c, v in columns.items()],
+                }
+                for i in select(ids, value, self.cfg.loop.per_round, self.cfg.query, 0)
+            ]
+        rows = [row | {"rank": i + 1, "round": n} for i, row in enumerate(rows)]
+        write_table(str(self.folder(n) / "chosen.parquet"), pa.Table.from_pylist(rows, schema=queue_schema()))
+        self.stage(n, "choose", 0.4)
+        chosen = [self.by_id[str(row["id"])] for row in rows]
+        self.bought.append(buy(self.dataset, chosen, n))
+        write_table(str(self.folder(n) / "labels.parquet"), self.bought[-1])
+        self.stage(n, "buy", 0.2)
+        return chosen
+
+    def evaluate(self, n: int, model: TwoBranch, log: list[dict] | None = None) -> Predictor:
+        info = checkpoint.ModelInfo(S5MARS, self.cfg.model, self.cfg.data.input_scale, 48)
+        digest = checkpoint.save(str(self.folder(n) / "checkpoint"), model, info)
+        predictor = Predictor(model, info)
+        result = evaluate(predictor, self.dataset, self.val, 4).to_dict(CLASSES)
+        put(self.folder(n) / "train" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log or made_up_log(n)))
+        self.stage(n, "train", 61.5 + n)
+        pixels = np.array([row for table in self.bought for row in table["class_pixels"].to_pylist()])
+        metrics = {
+            "round": n, "labels": len(pixels), **result, "checkpoint_digest": digest, "seconds": {"train": 61.5}, "images_per_second": {},
+            "class_images": dict(zip(CLASSES, (pixels > 0).sum(0).tolist(), strict=True)), "pool_uncertainty": 0.12,
+        }  # fmt: skip
+        put(self.folder(n) / "metrics.json", metrics)
+        return predictor
+
+    def score(self, n: int, predictor: Predictor) -> None:
+        have = {i for table in self.bought for i in table["id"].to_pylist()}
+        rows = []
+        for item in (i for i in self.pool if i.id not in have):
+            image = self.dataset.image(item)
+            z1, z2 = predictor.logits([image], "decoder")
+            valid = torch.ones(1, *image.shape[:2], dtype=torch.bool)
+            found = {k: float(v[0]) for k, v in score_images(z1, z2, valid, self.cfg.score).items() if np.ndim(v) == 1}
+            rows.append(
+                {"id": item.id, "uri": item.image, "status": "ok", "width": 48, "height": 48, **found}
+                | {"class_fractions": np.asarray(class_fractions(z1, z2, valid))[0].tolist()}
+            )
+        rows[-1] |= {"status": "decode", "error": "not <i>an</i> image", "uncertainty": None, "entropy": None, "class_fractions": None}
+        table = pa.Table.from_pylist(rows, schema=scores_schema(self.cfg.score.scores))
+        write_table(str(self.folder(n) / "scores" / "part-0.parquet"), table)
+        self.stage(n, "score", 8.1, counts={"ok": len(rows) - 1, "decode": 1}, images_per_second=31.4)
+
+    def label(self, n: int, predictor: Predictor) -> None:
+        rows = []
+        for item in self.pool:
+            prediction = predictor.predict([self.dataset.image(item)])
+            mask = prediction.masks[0].copy()
+            mask[:4] = IGNORE
+            rows.append(
+                {"id": item.id, "uri": item.image, "status": "ok", "width": mask.shape[1], "height": mask.shape[0], "mask_png": encode_mask(mask),
+                 "confidence": float(prediction.confidence.mean()), "abstained": float((mask == IGNORE).mean())}
+            )  # fmt: skip
+        half = len(rows) // 2
+        for i, part in enumerate((rows[:half], rows[half:])):
+            write_table(str(self.run / "labels" / f"part-{i}.parquet"), pa.Table.from_pylist(part, schema=labels_schema()))
+        self.stage(n, "label", 5.5, counts={"ok": len(rows)}, images_per_second=25.0)
+
+
+def made_up_log(n: int) -> list[dict]:
+    rng = np.random.default_rng(n)
+    lines: list[dict] = [{"start": 0, "world": 1}]
+    for step in range(5, 105, 5):
+        fall = math.exp(-step / 60) + 0.05 * rng.random()
+        agreement = {c: round(float(rng.random()), 3) for c in CLASSES[:7]}
+        lines.append({"step": step, "loss": 3 * fall, "sup1": fall, "sup2": 1.1 * fall, "cps": 0.6 * fall, "images_per_second": 20.0, "agreement": agreement})
+    return [*lines, {"step": 100, "eval": {"miou": 0.3}}]
+
+
+def fabricate(run: Path) -> Path:
+    torch.set_num_threads(1)
+    made = Fabricator(tiny_config(str(run)))
+    for n in range(2):
+        made.choose(n)
+        predictor = made.evaluate(n, TwoBranch(made.cfg.model, len(CLASSES), seed=n))
+        if n == 0:
+            made.score(n, predictor)
+    made.label(1, predictor)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two rounds, and its report."""
+    run = fabricate(tmp_path_factory.mktemp("report") / "run")
+    assert build(str(run)) == str(run / "report" / "index.html")
+    return run
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> Path:
+    """A run that was stopped after its first labels were bought."""
+    made = Fabricator(tiny_config(str(tmp_path / "run")))
+    made.choose(0)
+    return tmp_path / "run"
+
+
+def text_of(run: Path) -> str:
+    return (run / "report" / "index.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_gives_every_figure_on_the_page_and_as_a_file(whole: Path) -> None:
+    html = text_of(whole)
+    for name in (*CHARTS, *SHEETS):
+        with Image.open(whole / "report" / f"{name}.png") as picture:
+            assert min(picture.size) > 300, name
+    for name in CHARTS:
+        assert base64.b64encode((whole / "report" / f"{name}.png").read_bytes()).decode() in html, name
+    assert "could not show" not in html
+
+
+def test_nothing_was_skipped_on_a_whole_run(whole: Path) -> None:
+    run = read_run(str(whole))
+    page.render(run)
+    assert run.notes == []
+
+
+def test_the_page_needs_nothing_but_itself(whole: Path) -> None:
+    seen = Page(text_of(whole))
+    assert not [tag for tag, _ in seen.tags if tag in ("script", "iframe", "object", "embed", "base", "form")]
+    links = [a[key] for _, a in seen.tags for key in ("src", "srcset", "href", "action", "poster", "data") if a.get(key)]
+    assert links
+    assert all(str(link).startswith(("data:", "#")) for link in links)
+    assert not re.search(r"url\((?!\s*data:)|@import", text_of(whole))
+    assert not [a for _, a in seen.tags for key in a if key.startswith("on")]
+
+
+def test_every_chart_says_how_to_read_it(whole: Path) -> None:
+    seen = Page(text_of(whole))
+    charts = [a for a in seen.all("img") if any(str(a.get("alt", "")).startswith(t) for t in ("Learning curve", "Quality of", "Class balance"))]
+    assert len(charts) == 3
+    assert all(len(str(a["alt"])) > 60 for a in charts)
+    assert all(a.get("alt") for a in seen.all("img"))
+    assert len(seen.all("source")) == len(CHARTS)
+    assert len(seen.all("figcaption")) == len(CHARTS) + 1
+
+
+def test_the_first_screen_tells_quality_labels_and_share_of_full_supervision(whole: Path) -> None:
+    metrics = json.loads((whole / "rounds/001/metrics.json").read_text())
+    text = Page(text_of(whole)).text
+    assert page.percent(metrics["miou"]) in text
+    assert "7 of 16" in text
+    assert f"{page.percent(metrics['miou'] / 0.8)} of full supervision (80.0\N{NO-BREAK SPACE}%)" in text
+    assert page.duration(2 * 0.4 + 2 * 0.2 + 61.5 + 62.5 + 8.1 + 5.5) in text
+
+
+def test_rows_that_are_not_ok_are_listed_with_their_reason(whole: Path) -> None:
+    html = text_of(whole)
+    assert "not &lt;i&gt;an&lt;/i&gt; image" in html
+    assert [(t.where, t.status, t.count) for t in page.trouble(read_run(str(whole)))] == [("scores of round 0", "decode", 1)]
+
+
+def test_two_reports_of_one_run_differ_only_in_their_time(whole: Path) -> None:
+    def without_time(html: str) -> str:
+        return re.sub(r"Written .*? UTC", "", html)
+
+    run = read_run(str(whole))
+    assert without_time(page.render(run)) == without_time(text_of(whole))
+
+
+def test_val_images_are_ranked_by_their_own_miou(whole: Path) -> None:
+    run = read_run(str(whole))
+    assert run.config is not None
+    seen = examples.examples(run, run.config, str(whole / "rounds/001/checkpoint"))
+    predictor = Predictor.load(str(whole / "rounds/001/checkpoint"))
+    dataset = dataset_of(whole, run.config)
+    expected = {item.name: evaluate(predictor, dataset, [item], 1).miou for item in dataset.split("val")}
+    shown = [(e.item.name, e.miou) for e in (*seen.worst, *reversed(seen.best))]
+    assert shown == [pair for pair in sorted(expected.items(), key=lambda pair: pair[1]) if pair in shown]
+    assert seen.best[0].miou == max(expected.values())
+    assert seen.worst[0].miou == min(expected.values())
+    assert seen.looked == seen.total == 5
+    assert all(e.uncertainty is not None and 0 <= e.uncertainty.min() <= e.uncertainty.max() <= 1.0001 for e in (*seen.best, *seen.worst))
+
+
+def test_the_longer_last_training_is_the_one_that_is_shown(whole: Path, tmp_path: Path) -> None:
+    made = Fabricator(tiny_config(str(tmp_path)))
+    made.choose(0)
+    made.evaluate(0, TwoBranch(made.cfg.model, len(CLASSES), 0))
+    assert str(read_run(str(tmp_path)).rounds[0].checkpoint).endswith("/checkpoint")
+    final = tmp_path / "rounds/000/checkpoint-final"
+    (tmp_path / "rounds/000/checkpoint").rename(final)
+    put(tmp_path / "rounds/000/final/metrics.jsonl", '{"step": 7, "loss": 1.0}\n{"half a li')
+    this = read_run(str(tmp_path)).rounds[0]
+    assert this.checkpoint == str(final)
+    assert this.steps == ({"step": 7, "loss": 1.0},)
+
+
+# --- half a run, and damaged files ------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_finished_round_says_so(partial: Path) -> None:
+    build(str(partial))
+    text = Page(text_of(partial)).text
+    assert "No round has finished yet" in text
+    assert "choose, buy done" in text
+    assert "4 of 16" in text
+    assert "no curve to draw" in text
+    assert "could not show" not in text
+
+
+def test_a_folder_with_nothing_but_a_config_makes_a_page(tmp_path: Path) -> None:
+    put(tmp_path / "config.yaml", tiny_config(str(tmp_path)).to_yaml())
+    assert "no round has begun" in Page(Path(build(str(tmp_path))).read_text()).text
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, there: bool) -> None:
+    with pytest.raises(InputError, match=r"no run folder.*raysal loop"):
+        build(str(tmp_path if there else tmp_path / "missing"))
+    assert not (tmp_path / "report").exists()
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    """A copy by hard links, whose files are replaced and never written into."""
+    for source in run.rglob("*"):
+        if source.is_file() and "report" not in source.relative_to(run).parts:
+            target = to / source.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.hardlink_to(source)
+    return to
+
+
+EVERY_FILE = (
+    "config.yaml", "run.json", "manifest.parquet", "data/splits.json", "rounds/001/chosen.parquet", "rounds/001/labels.parquet",
+    "rounds/001/metrics.json", "rounds/001/train/metrics.jsonl", "rounds/001/checkpoint/model.json", "rounds/001/checkpoint/model.safetensors",
+    "rounds/000/scores/part-0.parquet", "rounds/001/stages/train.json", "labels/part-0.parquet",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage", "empty"])
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_no_missing_or_damaged_file_costs_the_page(whole: Path, tmp_path: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "png", lambda fig: b"")  # drawing is tested elsewhere; here 39 pages are made
+    monkeypatch.setattr(page, "png", lambda fig: b"")
+    run = copy_of(whole, tmp_path / "run")
+    (run / name).unlink()
+    if damage != "missing":
+        (run / name).write_bytes(b"\x00\xff{[garbage" if damage == "garbage" else b"")
+    html = Path(build(str(run))).read_text()
+    assert "raysal report" in html
+    reads = {"garbage": True, "empty": name.endswith((".parquet", "model.safetensors", "model.json", "splits.json"))}
+    if reads.get(damage) and not name.endswith(".jsonl"):  # a line of a log that is cut short is no news
+        assert "could not show" in html, "damage that was seen is told"
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        [],
+        "text",
+        {"miou": "0.5"},
+        {"miou": 0.4, "labels": None, "iou": [1, 2], "confusion": [[1, 2], [3]], "calibration": 7, "seconds": {"train": "long"}},
+        {"miou": 0.4, "labels": 3, "iou": {"sky": None}, "confusion": {}, "calibration": {"pixels": [1], "accuracy": None}},
+        {"miou": float("nan"), "labels": 3},
+    ],
+)
+def test_metrics_of_any_shape_make_a_page(partial: Path, metrics: object) -> None:
+    put(partial / "rounds/000/metrics.json", metrics)
+    assert "raysal report" in Path(build(str(partial))).read_text()
+
+
+def test_images_that_are_gone_leave_a_sentence_in_their_place(partial: Path) -> None:
+    gone = read_table(str(partial / "rounds/000/chosen.parquet"))["uri"][0].as_py()
+    Path(gone).unlink()
+    build(str(partial))
+    assert re.search(r'<div class="gone">fetch: [^<]*scene', text_of(partial))
+
+
+# --- hostile files ----------------------------------------------------------------------------------------------------
+
+EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+
+
+def test_text_from_files_is_never_markup(partial: Path) -> None:
+    cfg = tiny_config(str(partial)).model_copy(update={"name": EVIL})
+    put(partial / "config.yaml", cfg.to_yaml())
+    put(partial / "run.json", {EVIL: EVIL, "warnings": [EVIL]})
+    put(partial / "rounds/000/stages" / "buy.json", {"seconds": 1, "outputs": {"images_per_second": 3, "warnings": [EVIL]}})
+    put(partial / "rounds/000/metrics.json", {"miou": 0.3, "labels": 4, "iou": {EVIL: 0.5}, "checkpoint_digest": EVIL, "seconds": {EVIL: 3}})
+    chosen = [{"rank": 1, "id": "a", "uri": f"/nowhere/{EVIL}", "strategy": EVIL, "score": 0.5, "reasons": [(EVIL, 0.5)], "round": 0}]
+    write_table(str(partial / "rounds/000/chosen.parquet"), pa.Table.from_pylist(chosen, schema=queue_schema()))
+    bad = [{"id": "a", "uri": EVIL, "status": EVIL, "error": EVIL}]
+    write_table(str(partial / "labels/part-0.parquet"), pa.Table.from_pylist(bad, schema=labels_schema()))
+    build(str(partial))
+    html = text_of(partial)
+    assert html.count("&lt;script&gt;") >= 8
+    seen = Page(html)
+    assert not seen.all("script")
+    assert not [a for a in seen.all("img") if a.get("src") == "x"]
+    assert not [a for _, a in seen.tags if any(key.startswith("on") for key in a)]
+    assert "default-src 'none'" in html
+
+
+def test_class_names_of_any_kind_are_drawn(partial: Path) -> None:
+    names = ("$\\frac", "a\nb", "x" * 500, "岩", "\\$5$", "<b>", "%s {0}", "", "\x00")
+    odd = LabelSet("odd", names, S5MARS.colors)
+    rng = np.random.default_rng(0)
+    for theme in THEMES:
+        png(figures.class_iou(["0"], names, odd.colors, rng.random((1, 9)), theme))
+        png(figures.confusion(names, odd.colors, rng.integers(0, 9, (9, 9)), theme))
+
+
+@given(st.text())
+def test_text_for_figures_is_one_short_line_without_mathematics(text: str) -> None:
+    drawn = plain(text, 12)
+    assert drawn.isprintable()
+    assert len(drawn.replace(r"\$", "$")) <= 12
+    assert drawn.count("$") == drawn.count(r"\$")
+
+
+# --- size -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_run_of_noisy_images_stays_light_enough_to_mail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny_config(str(tmp_path), rounds=29, per_round=40)
+    put(tmp_path / "config.yaml", cfg.to_yaml())
+    uris = []
+    for i in range(40):
+        uris.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(uris[-1])
+    for n in range(30):
+        rows = [{"rank": i, "id": f"{n}-{i}", "uri": uri, "strategy": "ueq", "score": 0.5, "round": n} for i, uri in enumerate(uris)]
+        write_table(str(tmp_path / f"rounds/{n:03d}/chosen.parquet"), pa.Table.from_pylist(rows, schema=queue_schema()))
+    monkeypatch.setattr(page, "png", lambda fig: b"")
+    seen = requests(read_run(str(tmp_path)), Limits(), 9)
+    assert sum(len(r.images) for r in seen) == THUMBS_IN_ALL
+    assert {r.total for r in seen} == {40}
+    assert len(build(str(tmp_path))) > 0
+    noise = (tmp_path / "report/index.html").stat().st_size
+    assert 2 * MB < noise < 12 * MB, f"{noise / MB:.1f} MB leave no room for charts and strips under 15 MB"
+
+
+def test_a_round_shows_its_first_images_by_rank(partial: Path) -> None:
+    table = read_table(str(partial / "rounds/000/chosen.parquet"))
+    many = pa.concat_tables([table] * 20).to_pylist()
+    rows = [row | {"rank": len(many) - i} for i, row in enumerate(many)]
+    write_table(str(partial / "rounds/000/chosen.parquet"), pa.Table.from_pylist(rows, schema=queue_schema()))
+    [request] = requests(read_run(str(partial)), Limits(), 9)
+    assert [i.rank for i in request.images] == [str(n) for n in range(1, THUMBS + 1)]
+    assert request.total == 80
+
+
+def test_a_large_val_split_is_sampled_evenly(whole: Path) -> None:
+    run = read_run(str(whole))
+    assert run.config is not None
+    dataset = dataset_of(whole, run.config)
+    items = [Item(str(i), dataset.split("val")[0].image) for i in range(1000)]
+    names = [int(item.name) for item in examples._sample(items, run.config, dataset)]
+    assert len(names) == VAL_IMAGES
+    assert names[0] == 0
+    assert names[-1] == 999
+    assert max(np.diff(names)) - min(np.diff(names)) <= 1
+
+
+def test_masks_of_a_large_pool_are_a_spread_over_its_shards(whole: Path) -> None:
+    run = read_run(str(whole))
+    masks = pool_masks(run, S5MARS, Limits(), tiles=6)
+    names = read_table(str(whole / "labels"), ["uri"])["uri"].to_pylist()
+    where = [names.index(m.uri) for m in masks]
+    assert where == [0, 4, 7, 8, 12, 15]
+    assert all(not isinstance(m.picture, str) for m in masks)
+
+
+# --- numbers and pictures ---------------------------------------------------------------------------------------------
+
+
+def test_reasons_and_fractions_of_a_choice_come_from_the_scores_it_was_made_on(whole: Path) -> None:
+    first, second = requests(read_run(str(whole)), Limits(), 9)
+    assert first.words == "drawn by lot"
+    assert all(i.fractions is None and not i.reasons for i in first.images)
+    scores = {row["id"]: row for row in read_table(str(whole / "rounds/000/scores")).to_pylist()}
+    chosen = read_table(str(whole / "rounds/001/chosen.parquet")).to_pylist()
+    for image, row in zip(second.images, chosen, strict=True):
+        assert image.fractions == pytest.approx(scores[row["id"]]["class_fractions"])
+        assert dict(image.reasons) == {"uncertainty": scores[row["id"]]["uncertainty"], "entropy": scores[row["id"]]["entropy"]}
+
+
+def test_class_balance_counts_the_pixels_and_images_that_were_bought(whole: Path) -> None:
+    run = read_run(str(whole))
+    rows = [row for n in range(2) for row in read_table(str(whole / f"rounds/{n:03d}/labels.parquet"))["class_pixels"].to_pylist()]
+    assert sections.bought_pixels(run, 9).tolist() == np.sum(rows, axis=0).tolist()
+    assert sections.bought_images(run, 9).tolist() == (np.array(rows) > 0).sum(0).tolist()
+
+
+def test_mean_fractions_leave_out_rows_without_any() -> None:
+    table = pa.table({"class_fractions": pa.array([[0.5, 0.5], None, [1.0, 0.0], [1.0]], pa.list_(pa.float32()))})
+    mean = mean_fractions(table, 2)
+    assert mean is not None
+    assert mean.tolist() == [0.75, 0.25]
+    assert mean_fractions(table.slice(1, 1), 2) is None
+    assert mean_fractions(None, 2) is None
+
+
+def test_speed_is_the_last_measured_and_time_the_sum_of_all_stages(whole: Path) -> None:
+    run = read_run(str(whole))
+    assert sections.rates(run) == {"train": 20.0, "score": 31.4, "label": 25.0}
+    assert sections.times(run)["round 0"] == {"choose": 0.4, "buy": 0.2, "train": 61.5, "score": 8.1}
+
+
+def test_the_label_set_is_the_checkpoints_and_else_the_configurations(whole: Path, partial: Path, tmp_path: Path) -> None:
+    assert label_set(read_run(str(whole))) == S5MARS
+    assert label_set(read_run(str(partial))).name == "s5mars"
+    metrics = {"miou": 0.5, "iou": {"dune": 0.5, "crater": 0.5}}
+    unknown = Run(str(tmp_path), rounds=(Round(0, str(tmp_path), metrics, (), (), (), {}),))
+    assert label_set(unknown).classes == ("dune", "crater")
+
+
+def test_a_mask_on_the_page_keeps_every_class_id() -> None:
+    mask = np.arange(256, dtype=np.uint8).reshape(16, 16) % 9
+    mask[0, 0] = IGNORE
+    data = base64.b64decode(mask_uri(mask, S5MARS).partition(",")[2])
+    with Image.open(io.BytesIO(data)) as picture:
+        assert np.array_equal(np.asarray(picture.convert("RGB")), S5MARS.colorize(mask))
+
+
+def test_an_overlay_tints_classes_and_greys_what_was_left_open() -> None:
+    photo = np.full((2, 2, 3), (200, 100, 0), dtype=np.uint8)
+    drawn = overlay(photo, np.array([[0, 8], [IGNORE, 0]], dtype=np.uint8), S5MARS, 0.5)
+    assert drawn[0, 0].tolist() == [(200 + 107) // 2, (100 + 142) // 2, 35 // 2]
+    assert drawn[1, 0].tolist() == [60, 60, 60]
+
+
+def test_heat_runs_from_dark_to_bright() -> None:
+    drawn = heat(np.array([[0.0, 0.25, 0.5, 9.0, np.nan]]), 0.5).astype(int).sum(axis=2)[0]
+    assert drawn[0] < drawn[1] < drawn[2] == drawn[3]
+    assert drawn[4] == drawn[0]
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 300))
+def test_shrinking_keeps_to_the_side_and_to_the_classes(height: int, width: int, side: int) -> None:
+    mask = (np.arange(height * width) % 5).astype(np.uint8).reshape(height, width)
+    small = shrink(mask, side, smooth=False)
+    assert max(small.shape) <= max(side, 1) or small.shape == mask.shape
+    assert set(np.unique(small)) <= set(range(5))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.04, "0.0 s"), (5.25, "5.2 s"), (9.97, "10 s"), (59.4, "59 s"), (724, "12 min 4 s"), (12_000, "3 h 20 min"), (None, "–")]
+)
+def test_times_are_said_as_people_say_them(seconds: float | None, said: str) -> None:
+    assert page.duration(seconds) == said
+
+
+@given(st.one_of(st.none(), st.text(), st.booleans(), st.lists(st.integers()), st.floats(), st.integers(-(2**60), 2**60)))
+def test_a_number_from_a_file_is_finite_or_no_number(value: object) -> None:
+    found = number(value)
+    assert math.isnan(found) or (math.isfinite(found) and found == value)
+
+
+def test_reasons_are_read_from_maps_however_they_arrive() -> None:
+    assert reasons({"reasons": [("entropy", 0.5), ("nothing", None)]}) == [("entropy", 0.5)]
+    assert reasons({"reasons": {"entropy": 0.5}}) == [("entropy", 0.5)]
+    assert reasons({}) == []
+
+
+def label_texts(fig: Figure) -> str:
+    return " ".join(str(t.get_text()) for ax in fig.axes for t in (*ax.texts, ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels()))
+
+
+@given(rounds=st.integers(1, 12), full=st.sampled_from([None, 0.8]))
+def test_the_learning_curve_names_both_axes_and_full_supervision(rounds: int, full: float | None) -> None:
+    labels = 16.0 * np.arange(1, rounds + 1)
+    fig = figures.learning_curve(labels, np.linspace(0.1, 0.7, rounds), 400, full, LIGHT)
+    ax = fig.axes[0]
+    assert "labels bought" in ax.get_xlabel()
+    assert "mIoU (%)" in ax.get_ylabel()
+    assert ("full supervision 80.0" in label_texts(fig)) == bool(full)
+    assert np.asarray(ax.lines[0].get_ydata())[-1] == pytest.approx(70.0 if rounds > 1 else 10.0)
+    assert bool(ax.child_axes) == bool(full)
+
+
+def test_heat_maps_write_each_number_and_say_where_there_is_none() -> None:
+    fig = figures.class_iou(["0", "1"], ("sky", "soil"), ((0, 0, 0), (255, 255, 255)), np.array([[0.5, np.nan], [0.754, 0.001]]), DARK)
+    assert [t.get_text() for t in fig.axes[0].texts] == ["50", "75", "n/a", "0"]
+    fig = figures.confusion(("sky", "soil"), ((0, 0, 0), (255, 255, 255)), np.array([[3, 1], [0, 0]]), DARK)
+    assert [t.get_text() for t in fig.axes[0].texts] == ["75", "25", "n/a", "n/a"]
+
+
+@given(st.tuples(*[st.integers(0, 255)] * 3))
+def test_numbers_in_cells_stand_out_from_them(rgb: tuple[int, int, int]) -> None:
+    def luminance(channels: np.ndarray) -> float:
+        return float(np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+    text = 1.0 if readable_on(tuple(v / 255 for v in rgb)) == "#ffffff" else 0.0056
+    high, low = sorted([text, luminance(np.array(rgb) / 255)], reverse=True)
+    assert (high + 0.05) / (low + 0.05) >= 3
