@@ -34,7 +34,7 @@ WeightScheme = Literal["none", "sqrt_inverse", "inverse", "median_frequency", "e
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
 
 
 class SyntheticConfig(Section):
@@ -89,7 +89,7 @@ class ModelConfig(Section):
     output_stride: Literal[8, 16, 32] | None = None  # encoder stride of DeepLab variants; 8 sees finer detail and costs 3x
     dropout: Fraction = 0.5  # before the classifier where the architecture has none of its own; BALD needs it
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # RGB in 0..1; keep ImageNet's with ImageNet weights
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)  # as mean; the two belong together
     predict: Literal["mean", "branch1"] = "mean"  # one mask from both branches' mean, or branch 1 alone (half the time; CPS's authors)
     sync_bn: bool = False  # batch statistics over all workers; turn on when a worker holds under 8 images
     compile: bool = False  # torch.compile of both branches; pays on GPUs and long runs
@@ -99,7 +99,7 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The supervised loss of each branch: a weighted sum of terms over labelled pixels."""
 
-    terms: dict[LossName, PositiveFloat] = {"wce": 1.0, "dice": 1.0}
+    terms: dict[LossName, PositiveFloat] = {"wce": 1.0, "dice": 1.0}  # dice finds rare classes; add ohem where easy pixels dominate
     class_weights: WeightScheme = "sqrt_inverse"  # of wce and focal, from the labels bought so far
     weight_clip: tuple[PositiveFloat, PositiveFloat] = (0.2, 10.0)  # keeps the rarest class from drowning the rest
     effective_beta: Annotated[float, Field(gt=0, lt=1)] = 0.99  # of effective_number, on image counts
@@ -131,25 +131,25 @@ class OptimConfig(Section):
     """Optimiser and schedule: lr * (1 - t/T)^poly_power."""
 
     name: Literal["sgd", "adamw"] = "sgd"  # adamw for transformers and for short runs on small batches
-    lr: PositiveFloat = 0.01
+    lr: PositiveFloat = 0.01  # sgd 0.01 with pretrained encoders; adamw 1e-4 to 1e-3
     head_lr_multiple: PositiveFloat = 1.0  # decoder and head learn this much faster than a pretrained encoder
     momentum: Fraction = 0.9  # sgd only
-    weight_decay: NonNegative = 5e-4
-    poly_power: NonNegative = 0.9
+    weight_decay: NonNegative = 5e-4  # suits sgd; adamw's is decoupled and wants about 0.01
+    poly_power: NonNegative = 0.9  # 0 keeps the learning rate constant
     grad_clip: NonNegative = 8.0  # global gradient norm; 0 turns clipping off
 
 
 class TrainConfig(Section):
     """Length, batches, checkpoints of one training. Batches are global: the same on 1 and on 64 workers."""
 
-    steps: Positive = 30_000
+    steps: Positive = 30_000  # of one round; more labels and larger networks need more
     batch_labeled: Positive = 8  # labelled images per step over all workers
     batch_unlabeled: Positive = 8  # unlabelled images per step over all workers (CutMix reads twice as many)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on CUDA, float32 on CPU
     checkpoint_every: Positive = 1000  # steps; what a kill can cost
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # the last one, and the best by val mIoU
     eval_every: Count = 2000  # steps between evaluations on val; 0: only at the end
-    eval_batch: Positive = 8
+    eval_batch: Positive = 8  # images per forward pass in evaluations; lower it when memory is short
     log_every: Positive = 50  # steps between lines of metrics.jsonl
 
 
@@ -170,7 +170,7 @@ class ScoreConfig(Section):
 class QueryConfig(Section):
     """What to ask experts for next."""
 
-    strategy: Strategy = "ueq"
+    strategy: Strategy = "ueq"  # the paper's; random is the baseline to beat
     batch: Batch = "topk"  # topk is the paper's; kcenter and product spread the batch where archives are redundant
     candidates_factor: Positive = 10  # kcenter chooses among the top (factor x budget) by score
     product_strength: NonNegative = 1.0  # product: score^strength * distance
@@ -183,12 +183,12 @@ class LoopConfig(Section):
     """Rounds of active learning: initial + rounds x per_round labels are bought."""
 
     initial: Positive = 85  # labels before any model exists
-    per_round: Count = 21
+    per_round: Count = 21  # fewer labels a round and more rounds ask better and cost more trainings
     rounds: Count = 4  # query rounds; rounds + 1 trainings
     cold_start: Literal["typical", "random"] = "random"  # typical: one image per cluster of encoder features
     target_miou: Fraction | None = None  # stop once val reaches this
     no_gain_rounds: Count = 0  # stop after this many rounds without min_gain in val mIoU; 0: never
-    min_gain: NonNegative = 0.002
+    min_gain: NonNegative = 0.002  # less than this is noise between seeds
     uncertainty_below: NonNegative = 0.0  # stop once the pool's mean branch uncertainty is under this; 0: never
     warm_start: bool = False  # start each round's training from the last round's weights instead of the encoder's
     final_steps: Positive | None = None  # length of the last training; null: train.steps, and the last round's model is final
@@ -202,8 +202,8 @@ class ComputeConfig(Section):
     address: str | None = None  # Ray cluster; null: start Ray on this machine
     local_cpus: Positive | None = None  # logical CPUs of a local Ray; null: twice the cores (ingest mostly waits)
     train_workers: Count = 1  # 0: in this process; more than 1: DDP
-    cpus_per_worker: PositiveFloat = 1.0
-    use_gpu: bool = False
+    cpus_per_worker: PositiveFloat = 1.0  # logical CPUs that Ray books for a train worker; raise it with loader_workers
+    use_gpu: bool = False  # one GPU per train worker and per score actor
     threads: Count = 0  # torch threads per train worker; 0: the node's cores / workers
     loader_workers: Count = 0  # processes that decode labelled images per train worker
     max_failures: Annotated[int, Field(ge=-1)] = 3  # times a dead train worker is replaced; -1: for ever
@@ -216,8 +216,8 @@ class ComputeConfig(Section):
 class Config(Section):
     """Everything that one run does."""
 
-    name: str = "raysal"
-    seed: Count = 0
+    name: str = "raysal"  # heads the run's tables and its report
+    seed: Count = 0  # of weights, draws, first labels and random queries
     run: str = "runs/raysal"  # folder or fsspec URI of everything the run leaves
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -27,6 +27,7 @@ Resolution = Literal["full", "decoder"]
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {a.__name__: a for a in smp.MODEL_ARCHITECTURES_MAPPING.values()}
 
+_DIVISIBLE_PX = {"DPT": 32}  # beside the encoder's stride: its decoder fuses maps of 1/4 to 1/32, whatever the patch size
 _SMALLEST_PX = {"PAN": 128}  # its feature pyramid halves the encoder's last map three times
 
 
@@ -76,8 +77,9 @@ class TwoBranch(nn.Module):
             if cfg.dropout > 0 and not _has_dropout(branch):
                 branch.segmentation_head = nn.Sequential(nn.Dropout2d(cfg.dropout), branch.segmentation_head)
         self.branches = nn.ModuleList(branches)
-        self._stride = int(branches[0].encoder.output_stride)
-        self._smallest = _SMALLEST_PX.get(type(branches[0]).__name__, 1)
+        name = type(branches[0]).__name__
+        self._stride = math.lcm(int(branches[0].encoder.output_stride), _DIVISIBLE_PX.get(name, 1))
+        self._smallest = _SMALLEST_PX.get(name, 1)
 
     def forward(self, images_BCHW: Tensor, resolution: Resolution = "full") -> tuple[Tensor, Tensor]:
         """Logits of both branches.

@@ -36,8 +36,9 @@ class Predictor:
     """Runs a model, so that one image has one mask to the byte, whatever else is in its batch and whoever asks.
 
     Convolution libraries on CPUs choose their kernels, and so the last bits of a sum, by batch size and number of threads.
-    There, every image goes through the network alone on one thread, and as many images at once as the process has threads.
-    Accelerators compute whole batches; their last bits may follow the batch size.
+    There, every image goes through the network alone on one thread, and as many images at once as the process has threads;
+    from 256 px on this is also faster than batches. Accelerators compute whole batches; their last bits may follow the
+    batch size.
 
     Args:
         model: Put in eval mode and on the device.

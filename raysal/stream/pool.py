@@ -44,6 +44,9 @@ BLOCKS_PER_ACTOR = 16
 LARGEST_BLOCK = 256
 """Rows of a block, and of a shard, in a large archive; what one death costs at most."""
 
+IN_MEMORY_ROWS = 1_000_000
+"""Manifests up to this are read at once (about 150 MB): no processes for reading have to start. Longer ones are streamed."""
+
 COLUMNS = ("id", "uri", "exclude")
 """All that is read of a manifest."""
 
@@ -89,8 +92,7 @@ def run_pool(
 
     Args:
         worker: What an actor does with images.
-        manifest: Columns id and uri, and exclude where there are such masks: a table, or the URI of a Parquet file or folder,
-            which is read as a stream.
+        manifest: Columns id and uri, and exclude where there are such masks: a table, or the URI of a Parquet file or folder.
         checkpoint_uri: The model.
         out_uri: A folder of its own; an earlier output in it, whole or partial, is replaced.
         schema: Of the output.
@@ -105,7 +107,7 @@ def run_pool(
         RaysalError: The run broke down.
     """
     started = time.perf_counter()
-    total = _check_manifest(manifest)
+    manifest, total = _check_manifest(manifest)
     checkpoint_uri, out_uri = absolute(checkpoint_uri), absolute(out_uri)
     digest, actors = digest_at(checkpoint_uri), score_actors(cfg.compute)
     threads = max(1, _cores() // actors)
@@ -157,8 +159,8 @@ def _stream(
     written = {name for name in list_names(task.out_uri) if name.endswith(".parquet")}
     if counts.total() != total or written != shards:
         raise RaysalError(
-            f"{task.out_uri}: {total} images went in, {counts.total()} rows came out in {len(shards)} shards, and {len(written)} shards are "
-            "there; was the manifest or the folder changed meanwhile? Run again"
+            f"{task.out_uri}: {total} images went in, {counts.total()} rows came out in {len(shards)} shards, and the folder holds "
+            f"{len(written)}; was it or the manifest changed meanwhile? Run again"
         )
     return dict(counts)
 
@@ -166,29 +168,31 @@ def _stream(
 def _blocks(manifest: pa.Table | str, rows: int) -> Dataset:
     """The manifest as blocks of `rows` rows, the last perhaps shorter."""
     if isinstance(manifest, pa.Table):
-        table = manifest.select([c for c in COLUMNS if c in manifest.column_names]).combine_chunks()
-        return ray.data.from_arrow([table.slice(start, rows) for start in range(0, table.num_rows, rows)])
+        return ray.data.from_arrow([manifest.slice(start, rows) for start in range(0, manifest.num_rows, rows)])
     files = _parquet(manifest)
     source = ray.data.read_parquet(files.files, filesystem=None if is_local(manifest) else open_fs(manifest)[0])
     columns = source.select_columns([c for c in COLUMNS if c in files.schema.names])
     return columns.repartition(target_num_rows_per_block=rows, strict=True)
 
 
-def _check_manifest(manifest: pa.Table | str) -> int:
-    """Its number of rows. Raises InputError where it can't be used."""
-    if isinstance(manifest, pa.Table):
-        name, columns, total = "manifest", manifest.column_names, manifest.num_rows
-    else:
-        files = _parquet(manifest)
-        name, columns, total = manifest, files.schema.names, files.count_rows()
+def _check_manifest(manifest: pa.Table | str) -> tuple[pa.Table | str, int]:
+    """The columns of a manifest that are needed, in memory where it is not too long, and its number of rows.
+
+    Raises:
+        InputError: It can't be used. In a stream, images named twice come to light later, by their receipts.
+    """
+    source = _parquet(manifest) if isinstance(manifest, str) else pyarrow.dataset.dataset(manifest)
+    name, columns, total = manifest if isinstance(manifest, str) else "manifest", source.schema.names, source.count_rows()
     if missing := [c for c in COLUMNS[:2] if c not in columns]:
         raise InputError(f"{name}: no column {', '.join(missing)}, it has {', '.join(columns)}; give a manifest that `raysal index` wrote")
     if not total:
         raise InputError(f"{name}: holds no images; index an archive first")
-    # A table is in memory already; in a stream, repeated blocks come to light by their receipts.
-    if isinstance(manifest, pa.Table) and (twice := total - len(manifest["id"].unique())):
+    if isinstance(manifest, str) and total > IN_MEMORY_ROWS:
+        return manifest, total
+    table = source.to_table(columns=[c for c in COLUMNS if c in columns]).combine_chunks()
+    if twice := total - len(table["id"].unique()):
         raise InputError(f"{name}: {twice} of {total} ids repeat; index the archive again so that each image is one row")
-    return int(total)
+    return table, total
 
 
 def _parquet(uri: str) -> pyarrow.dataset.Dataset:

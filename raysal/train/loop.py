@@ -175,7 +175,8 @@ class Learner:
             return x_u, valid_u, None if self.teacher is None else self._pseudo(x_u)
         (u0, u1), (v0, v1) = x_u.chunk(2), valid_u.chunk(2)
         seed = draw_seed(cfg.seed, "cutmix", step * self.session.world + self.session.rank)
-        boxes = cutmix_boxes(len(u0), *u0.shape[-2:], cfg.cps.cutmix_boxes, cfg.cps.cutmix_area, seed).to(device)
+        height, width = u0.shape[-2:]
+        boxes = cutmix_boxes(len(u0), height, width, cfg.cps.cutmix_boxes, cfg.cps.cutmix_area, seed).to(device)
         pseudo_u = [torch.where(boxes, y[len(u0) :], y[: len(u0)]) for y in self._pseudo(x_u)]
         return torch.where(boxes[:, None], u1, u0), torch.where(boxes, v1, v0), pseudo_u
 

@@ -64,7 +64,7 @@ def test_a_killed_worker_is_replaced_and_the_model_is_the_same(undisturbed, tmp_
     def kill() -> None:
         while not killed:
             records = read_log(str(tmp_path / "train"))
-            if any(r.get("step", 0) >= 5 for r in records):
+            if any(r.get("step", 0) >= 8 for r in records):  # by now the checkpoint of step 3 is uploaded for certain
                 for process in psutil.process_iter(["cmdline"]):
                     if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
                         process.kill()
@@ -77,7 +77,7 @@ def test_a_killed_worker_is_replaced_and_the_model_is_the_same(undisturbed, tmp_
     thread.join(10)
     assert killed, "the worker was gone before it could be killed"
     starts = [r["start"] for r in read_log(str(tmp_path / "train")) if "start" in r]
-    assert starts == [0, 3] or starts[-1] >= 3, starts
+    assert starts[0] == 0 and starts[-1] >= 3, starts
     assert digest(again) == digest(trained)
 
 

@@ -1,0 +1,454 @@
+"""The streams keep their promises on a real Ray: every image one row, scores that no layout changes, deaths that cost nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import ray.data
+import torch
+from PIL import Image
+
+from raysal.archive.tables import labels_schema, manifest_schema, read_table, scores_schema, write_table
+from raysal.config import Config, build
+from raysal.datasets.synthetic import scene
+from raysal.errors import CheckpointError, ConfigError, InputError, RaysalError
+from raysal.images.masks import decode_mask, encode_mask
+from raysal.labels import S5MARS
+from raysal.model.checkpoint import ModelInfo, digest_at, save
+from raysal.model.network import TwoBranch
+from raysal.model.runtime import Predictor
+from raysal.query.scores import class_fractions
+from raysal.stream import pool
+from raysal.stream.label import label_pool
+from raysal.stream.pool import run_pool
+from raysal.stream.score import ScoreImages, embed, score_pool
+from raysal.stream.worker import Picture, Row, Task
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime")]
+
+SCORES = ("entropy", "uncertainty", "margin", "bald")
+DIM = 16
+
+
+def configured(**compute: int) -> Config:
+    return build(
+        {
+            "model": {"arch": "DeepLabV3Plus", "encoder": "tu-mobilenetv3_small_050"},
+            "score": {"scores": list(SCORES), "bald_passes": 2, "embedding_dim": DIM, "batch_size": 4},
+            "compute": {"score_actors": 2, **compute},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small untrained net with its norms settled on scenes and its heads turned up, so that branches, passes and images differ."""
+    torch.set_num_threads(1)
+    cfg = configured()
+    net = TwoBranch(cfg.model, S5MARS.n_classes, seed=0).train()
+    scenes = torch.from_numpy(np.stack([scene(1, i, 64)[0] for i in range(8)])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        for _ in range(30):
+            net(scenes)
+        for parameter in (p for branch in net.branches for p in branch.segmentation_head.parameters()):
+            parameter.mul_(5)
+    folder = str(tmp_path_factory.mktemp("checkpoint"))
+    save(folder, net, ModelInfo(S5MARS, cfg.model, input_scale=1.0, tile_px=64))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """images/ of two sizes and masks/ beside them."""
+    root = tmp_path_factory.mktemp("archive")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    for i in range(42):
+        image_HWC, mask_HW = scene(0, i, 64 if i % 3 else 48)
+        Image.fromarray(image_HWC).save(root / "images" / f"{i:03d}.png")
+        (root / "masks" / f"{i:03d}.png").write_bytes(encode_mask(mask_HW))
+    return root
+
+
+def manifest_at(archive: Path) -> pa.Table:
+    images = sorted((archive / "images").iterdir())
+    rows = [{"id": f"{7919 * n % 9973:032x}", "uri": str(path), "exclude": []} for n, path in enumerate(images)]
+    return pa.Table.from_pylist(rows, schema=manifest_schema())
+
+
+def by_id(uri: str | Path) -> dict[str, dict]:
+    rows = read_table(str(uri)).to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows), "an image has two rows"
+    return {row["id"]: row for row in rows}
+
+
+def assert_same_scores(a: dict[str, dict], b: dict[str, dict], atol: float = 1e-5) -> None:
+    assert a.keys() == b.keys()
+    for column in SCORES:
+        np.testing.assert_allclose([a[i][column] for i in a], [b[i][column] for i in a], atol=atol, rtol=0, err_msg=column)
+    for i in a:
+        np.testing.assert_allclose(a[i]["class_fractions"], b[i]["class_fractions"], atol=1e-5)
+        np.testing.assert_allclose(a[i]["embedding"], b[i]["embedding"], atol=2e-3)  # float16
+
+
+def actor_pids() -> list[int]:
+    """Processes of this test's own Ray that hold a model."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "MapWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            pass  # ended meanwhile
+    return found
+
+
+@pytest.fixture(scope="module")
+def scored(
+    checkpoint: str, archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, dict], list[tuple], pool.Summary, Path]:
+    """The archive scored in one shard, in the manifest's order."""
+    out, calls = tmp_path_factory.mktemp("scored") / "scores", []
+    summary = score_pool(
+        manifest_at(archive), checkpoint, str(out), configured(), on_progress=lambda *now: calls.append(now), rows_per_shard=100
+    )
+    return by_id(out), calls, summary, out
+
+
+def test_every_image_is_one_row_of_the_schema(scored, checkpoint: str, archive: Path) -> None:  # type: ignore[no-untyped-def]
+    rows, _, summary, out = scored
+    manifest = manifest_at(archive)
+    assert set(rows) == set(manifest["id"].to_pylist())
+    assert summary.rows == summary.counts["ok"] == 42
+    schema = read_table(str(out)).schema
+    assert schema.equals(scores_schema(SCORES, DIM), check_metadata=True)
+    for image_id, uri in zip(manifest["id"].to_pylist(), manifest["uri"].to_pylist(), strict=True):
+        row = rows[image_id]
+        assert (row["uri"], row["status"], row["error"], row["model_digest"]) == (uri, "ok", None, digest_at(checkpoint))
+        assert (row["width"], row["height"]) == Image.open(uri).size
+        assert sum(row["class_fractions"]) == pytest.approx(1, abs=1e-5)
+        assert np.linalg.norm(np.array(row["embedding"], dtype=np.float32)) == pytest.approx(1, abs=5e-3)
+    for name in SCORES:
+        assert np.std([row[name] for row in rows.values()]) > 1e-4, f"{name} is the same for all images: the test would show nothing"
+
+
+def test_the_summary_is_left_beside_the_shards(scored, checkpoint: str) -> None:  # type: ignore[no-untyped-def]
+    _, calls, summary, out = scored
+    assert json.loads((out / "_SUCCESS").read_text()) == summary.to_dict()
+    assert summary.model_digest == digest_at(checkpoint)
+    assert summary.counts == {"ok": 42, "fetch": 0, "decode": 0, "limit": 0, "model": 0}
+    assert [call[:2] for call in calls] == [(42, 42)]
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith("part-")) == ["_SUCCESS"]
+
+
+@pytest.mark.parametrize(("shards", "batch_size", "threads"), [(3, 1, 2), (7, 8, 1)])
+def test_shards_order_and_batches_change_no_score(  # type: ignore[no-untyped-def]
+    scored, checkpoint: str, archive: Path, tmp_path: Path, shards: int, batch_size: int, threads: int
+) -> None:
+    manifest = manifest_at(archive)
+    shuffled = manifest.take(np.random.default_rng(shards).permutation(manifest.num_rows))
+    cfg = configured(score_actors=threads)
+    cfg = cfg.model_copy(update={"score": cfg.score.model_copy(update={"batch_size": batch_size})})
+    dones: list[int] = []
+    score_pool(shuffled, checkpoint, str(tmp_path / "out"), cfg, None, lambda done, *_: dones.append(done), -(-42 // shards))
+    assert len(list((tmp_path / "out").glob("*.parquet"))) == shards
+    assert len(dones) == shards
+    assert dones == sorted(dones)
+    assert dones[-1] == 42
+    assert_same_scores(scored[0], by_id(tmp_path / "out"))
+
+
+def test_a_manifest_too_long_for_memory_is_streamed_to_the_same_scores(  # type: ignore[no-untyped-def]
+    scored, checkpoint: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_at(archive)
+    write_table(str(tmp_path / "manifest" / "a.parquet"), manifest.slice(0, 20))
+    write_table(str(tmp_path / "manifest" / "b.parquet"), manifest.slice(20))
+    monkeypatch.setattr(pool, "IN_MEMORY_ROWS", 10)
+    out = tmp_path / "out"
+    score_pool(str(tmp_path / "manifest"), checkpoint, str(out), configured(), rows_per_shard=9)
+    assert sorted(read_table(str(p)).num_rows for p in out.glob("*.parquet")) == [6, 9, 9, 9, 9]
+    assert_same_scores(scored[0], by_id(out))
+
+
+def test_masks_of_the_pool_are_never_read(scored, checkpoint: str, archive: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    masks = sorted((archive / "masks").iterdir())
+    contents = [m.read_bytes() for m in masks]
+    for mask, other in zip(masks[: len(masks) // 2], contents[1:], strict=False):
+        mask.write_bytes(other)
+    for mask in masks[len(masks) // 2 :]:
+        mask.unlink()
+    try:
+        score_pool(manifest_at(archive), checkpoint, str(tmp_path / "out"), configured(), rows_per_shard=100)
+    finally:
+        for mask, content in zip(masks, contents, strict=True):
+            mask.write_bytes(content)
+    assert_same_scores(scored[0], by_id(tmp_path / "out"), atol=0)
+
+
+def test_an_actor_that_is_killed_costs_no_row_and_doubles_none(  # type: ignore[no-untyped-def]
+    scored, checkpoint: str, archive: Path, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill_one(done: int, total: int, counts: dict[str, int]) -> None:
+        if not killed and done < total // 2:
+            killed.append(actor_pids()[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    score_pool(manifest_at(archive), checkpoint, str(tmp_path / "out"), configured(), None, kill_one, 3)
+    assert killed
+    assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
+    assert_same_scores(scored[0], by_id(tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("_attempt*"))
+
+
+class DiesOver(ScoreImages):
+    """Stands for an image that crashes a decoder in C or takes all memory: the process is gone, no exception is seen."""
+
+    def rows(self, pictures: Sequence[Picture]) -> list[Row]:
+        if any(p.source.uri.endswith("005.png") for p in pictures):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().rows(pictures)
+
+
+class FailsOver(ScoreImages):
+    """Stands for a network that can't take one image."""
+
+    def rows(self, pictures: Sequence[Picture]) -> list[Row]:
+        if any(p.source.uri.endswith("005.png") for p in pictures):
+            raise RuntimeError("no kernel for this shape")
+        return super().rows(pictures)
+
+
+class RefusesToStart(ScoreImages):
+    def __init__(self, task: Task) -> None:
+        raise InputError("the licence of this model has run out; renew it")
+
+
+def run(worker: type[ScoreImages], manifest: pa.Table, checkpoint: str, out: Path, rows: int, **compute: int) -> pool.Summary:
+    schema = scores_schema(SCORES, DIM)
+    return run_pool(worker, manifest, checkpoint, str(out), schema=schema, cfg=configured(**compute), rows_per_shard=rows)
+
+
+@pytest.mark.slow
+def test_an_image_that_kills_every_process_becomes_a_row(scored, checkpoint: str, archive: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    manifest = manifest_at(archive).slice(0, 12)
+    summary = run(DiesOver, manifest, checkpoint, tmp_path / "out", rows=6)
+    assert summary.counts["model"] == 1
+    rows = by_id(tmp_path / "out")
+    bad = rows.pop(manifest["id"][5].as_py())
+    assert bad["status"] == "model"
+    assert "005.png" in bad["error"]
+    assert "process died" in bad["error"]
+    assert_same_scores(rows, {i: scored[0][i] for i in rows})
+    assert not list((tmp_path / "out").glob("_attempt*"))
+
+
+def test_an_image_the_network_fails_on_costs_only_itself(scored, checkpoint: str, archive: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    manifest = manifest_at(archive).slice(0, 12)
+    assert run(FailsOver, manifest, checkpoint, tmp_path / "out", rows=12).counts["model"] == 1
+    rows = by_id(tmp_path / "out")
+    assert "no kernel for this shape" in rows.pop(manifest["id"][5].as_py())["error"]
+    assert_same_scores(rows, {i: scored[0][i] for i in rows})
+
+
+def test_what_an_actor_refuses_reaches_the_caller_as_it_was_said(checkpoint: str, archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^the licence of this model has run out; renew it$"):
+        run(RefusesToStart, manifest_at(archive), checkpoint, tmp_path / "out", rows=42, score_actors=1)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def broken_archive(root: Path) -> tuple[pa.Table, dict[str, str]]:
+    """A manifest of two good images and one of every kind of bad one, and the status that each must get."""
+    root.mkdir()
+    good, _ = scene(0, 0, 64)
+    for name in ("good.png", "excluded.png", "small_exclude.png", "lost_exclude.png"):
+        Image.fromarray(good).save(root / name)
+    Image.fromarray(scene(0, 1, 64)[0]).save(root / "good2.jpg")
+    whole = (root / "good2.jpg").read_bytes()
+    (root / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "empty.png").write_bytes(b"")
+    (root / "text.png").write_text("<html>404</html>")
+    (root / "heavy.jpg").write_bytes(whole + b"\0" * 200_000)
+    Image.fromarray(np.zeros((300, 300, 3), np.uint8)).save(root / "large.png")
+    border = np.zeros((64, 64), np.uint8)
+    border[:, :32] = 1
+    (root / "border.mask").write_bytes(encode_mask(border))
+    (root / "wrong.mask").write_bytes(encode_mask(border[:10]))
+    expected = {
+        "good.png": "ok", "good2.jpg": "ok", "excluded.png": "ok", "truncated.jpg": "decode", "empty.png": "decode", "text.png": "decode",
+        "absent.png": "fetch", "heavy.jpg": "limit", "large.png": "limit", "small_exclude.png": "decode", "lost_exclude.png": "fetch",
+    }  # fmt: skip
+    exclude = {"excluded.png": "border.mask", "small_exclude.png": "wrong.mask", "lost_exclude.png": "lost.mask"}
+    rows = [
+        {"id": f"{n:032x}", "uri": str(root / name), "exclude": [str(root / exclude[name])] if name in exclude else None}
+        for n, name in enumerate(expected)
+    ]
+    return pa.Table.from_pylist(rows, schema=manifest_schema()), expected
+
+
+def limited() -> Config:
+    cfg = configured()
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_bytes": 100_000, "max_pixels": 200 * 200})})
+
+
+@pytest.mark.parametrize("stream", [score_pool, label_pool])
+def test_bad_images_are_rows_with_a_reason_and_stop_nothing(stream: Callable, checkpoint: str, tmp_path: Path) -> None:
+    manifest, expected = broken_archive(tmp_path / "archive")
+    summary = stream(manifest, checkpoint, str(tmp_path / "out"), limited(), rows_per_shard=4)
+    assert summary.counts == {"ok": 3, "fetch": 2, "decode": 4, "limit": 2, "model": 0}
+    rows = {Path(row["uri"]).name: row for row in by_id(tmp_path / "out").values()}
+    assert {name: row["status"] for name, row in rows.items()} == expected
+    for name, row in rows.items():
+        if expected[name] == "ok":
+            assert row["error"] is None
+        else:
+            assert str(tmp_path / "archive") in row["error"]
+            assert row["width"] is None
+            assert row["class_fractions"] is None
+            assert row["model_digest"] == digest_at(checkpoint)
+
+
+def test_rows_with_a_bad_status_are_valid_input_again(checkpoint: str, tmp_path: Path) -> None:
+    manifest, _ = broken_archive(tmp_path / "archive")
+    score_pool(manifest, checkpoint, str(tmp_path / "out"), limited())
+    failed = read_table(str(tmp_path / "out")).filter(pa.compute.field("status") != "ok")
+    Image.fromarray(scene(0, 3, 64)[0]).save(tmp_path / "archive" / "absent.png")  # the download works now
+    assert score_pool(failed, checkpoint, str(tmp_path / "again"), limited()).counts["ok"] == 3  # it, and the two without their excludes
+
+
+def test_a_model_that_gives_nan_gives_no_scores(archive: Path, tmp_path: Path) -> None:
+    cfg = configured()
+    net = TwoBranch(cfg.model, S5MARS.n_classes, seed=0)
+    with torch.no_grad():
+        next(net.branches[1].segmentation_head.parameters()).fill_(float("nan"))
+    save(str(tmp_path / "checkpoint"), net, ModelInfo(S5MARS, cfg.model, input_scale=1.0, tile_px=64))
+    manifest = manifest_at(archive).slice(0, 4)
+    summary = score_pool(manifest, str(tmp_path / "checkpoint"), str(tmp_path / "out"), cfg)
+    assert summary.counts["model"] == 4
+    assert all("not finite" in row["error"] and row["entropy"] is None for row in by_id(tmp_path / "out").values())
+
+
+def test_masks_are_the_predictors_to_the_byte(checkpoint: str, tmp_path: Path) -> None:
+    manifest, expected = broken_archive(tmp_path / "archive")
+    label_pool(manifest, checkpoint, str(tmp_path / "out"), limited())
+    assert read_table(str(tmp_path / "out")).schema.equals(labels_schema(), check_metadata=True)
+    predictor = Predictor.load(checkpoint)
+    for row in by_id(tmp_path / "out").values():
+        name = Path(row["uri"]).name
+        if expected[name] != "ok":
+            assert row["mask_png"] is None
+            continue
+        image_HWC = np.array(Image.open(row["uri"]).convert("RGB"))
+        found = predictor.predict([image_HWC])
+        mask_HW = found.masks[0].copy()
+        kept = np.ones((64, 64), bool)
+        if name == "excluded.png":
+            kept[:, :32] = False
+            mask_HW[:, :32] = 255
+        np.testing.assert_array_equal(decode_mask(row["mask_png"], 10**6, name), mask_HW)
+        assert row["abstained"] == pytest.approx(1 - kept.mean())
+        assert row["confidence"] == pytest.approx(found.confidence[0][kept].mean(), abs=1e-6)
+        counts = np.bincount(mask_HW[kept], minlength=S5MARS.n_classes)
+        np.testing.assert_allclose(row["class_fractions"], counts / counts.sum(), atol=1e-6)
+        assert (row["width"], row["height"]) == (64, 64)
+        assert row["config_digest"] == limited().digest()
+
+
+def test_scores_of_an_excluded_half_are_those_of_the_other_half(checkpoint: str, tmp_path: Path) -> None:
+    manifest, _ = broken_archive(tmp_path / "archive")
+    score_pool(manifest, checkpoint, str(tmp_path / "out"), limited())
+    row = next(r for r in by_id(tmp_path / "out").values() if r["uri"].endswith("excluded.png"))
+    image_HWC = np.array(Image.open(row["uri"]))
+    z1, z2 = (z[..., 8:] for z in Predictor.load(checkpoint).logits([image_HWC], "decoder"))
+    np.testing.assert_allclose(row["class_fractions"], class_fractions(z1, z2, torch.ones(1, 64, 32, dtype=torch.bool))[0], atol=1e-6)
+
+
+def test_a_rerun_replaces_its_output_and_touches_no_other_folder(checkpoint: str, archive: Path, tmp_path: Path) -> None:
+    out, manifest = tmp_path / "out", manifest_at(archive)
+    score_pool(manifest.slice(0, 8), checkpoint, str(out), configured())
+    (out / "_SUCCESS").unlink()  # as if it had been interrupted
+    score_pool(manifest.slice(4, 8), checkpoint, str(out), configured())
+    assert set(by_id(out)) == set(manifest["id"].to_pylist()[4:12])
+    with pytest.raises(InputError, match=r"images, masks.*no output"):
+        score_pool(manifest, checkpoint, str(archive), configured())
+    assert len(list((archive / "images").iterdir())) == 42
+
+
+def test_an_error_in_the_callback_ends_the_run_and_its_actors(checkpoint: str, archive: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int, counts: dict[str, int]) -> None:
+        raise KeyboardInterrupt
+
+    before = ray.data.DataContext.get_current()
+    with pytest.raises(KeyboardInterrupt):
+        score_pool(manifest_at(archive), checkpoint, str(tmp_path / "out"), configured(), None, stop, 2)
+    assert ray.data.DataContext.get_current() is before
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    deadline = time.monotonic() + 60
+    while actor_pids() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not actor_pids()
+
+
+def test_input_that_cannot_be_used_is_refused_before_any_work(checkpoint: str, archive: Path, tmp_path: Path) -> None:
+    manifest, out, cfg = manifest_at(archive), str(tmp_path / "out"), configured()
+    with pytest.raises(InputError, match="holds no images"):
+        score_pool(manifest.slice(0, 0), checkpoint, out, cfg)
+    with pytest.raises(InputError, match="no column uri, it has id"):
+        score_pool(manifest.select(["id"]), checkpoint, out, cfg)
+    with pytest.raises(InputError, match="42 of 84 ids repeat"):
+        label_pool(pa.concat_tables([manifest, manifest]), checkpoint, out, cfg)
+    with pytest.raises(InputError, match="no manifest there"):
+        score_pool(str(tmp_path / "none.parquet"), checkpoint, out, cfg)
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        label_pool(manifest, str(tmp_path / "none"), out, cfg)
+    with pytest.raises(InputError, match="class_bonus has 3 values"):
+        score_pool(manifest, checkpoint, out, cfg, [1.0, 1.0, 1.0])
+    with pytest.raises(InputError, match=r"lower compute\.score_actors"):
+        score_pool(manifest, checkpoint, out, configured(score_actors=99))
+    on = cfg.model_copy(update={"score": cfg.score.model_copy(update={"class_bonus": True})})
+    with pytest.raises(ConfigError, match="class_bonus"):
+        score_pool(manifest, checkpoint, out, on)
+    assert not Path(out).exists()
+
+
+def test_images_named_twice_in_a_streamed_manifest_end_the_run(
+    checkpoint: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_at(archive).slice(0, 6)
+    write_table(str(tmp_path / "manifest.parquet"), pa.concat_tables([manifest, manifest]))
+    monkeypatch.setattr(pool, "IN_MEMORY_ROWS", 1)
+    with pytest.raises(RaysalError, match="twice"):
+        score_pool(str(tmp_path / "manifest.parquet"), checkpoint, str(tmp_path / "out"), configured(), rows_per_shard=6)
+
+
+def test_an_actor_refuses_a_checkpoint_that_changed_meanwhile(checkpoint: str, tmp_path: Path) -> None:
+    task = Task(configured(), checkpoint, "0" * 64, str(tmp_path), scores_schema(SCORES, DIM), "cpu", 1)
+    with pytest.raises(CheckpointError, match="changed while the run went on"):
+        ScoreImages(task)
+
+
+def test_embeddings_keep_distances_and_their_length() -> None:
+    rng = np.random.default_rng(0)
+    few, many = (torch.from_numpy(rng.normal(size=(40, d)).astype(np.float32)) for d in (8, 512))
+    padded = embed(few, 128).astype(np.float32)
+    unit = torch.nn.functional.normalize(few, dim=1)
+    np.testing.assert_allclose(padded @ padded.T, (unit @ unit.T).numpy(), atol=2e-3)
+    many = torch.nn.functional.normalize(many + 2 * torch.from_numpy(rng.normal(size=(1, 512)).astype(np.float32)), dim=1)
+    projected = embed(many, 128)
+    assert (projected.shape, projected.dtype) == ((40, 128), np.float16)
+    np.testing.assert_allclose(np.linalg.norm(projected.astype(np.float32), axis=1), 1, atol=2e-3)
+    np.testing.assert_array_equal(projected[7:8], embed(many[7:8], 128))
+    error = projected.astype(np.float32) @ projected.T.astype(np.float32) - (many @ many.T).numpy()
+    assert np.abs(error).mean() < 1 / np.sqrt(128)
+    assert embed(many, 0).shape == (40, 0)
