@@ -85,9 +85,7 @@ class Augment:
     def _jitter(self, image_CHW: Tensor, draw: list[float]) -> Tensor:
         strength = self.cfg.color_jitter
         if strength > 0:
-            brightness, contrast, saturation = (
-                max(0.0, 1 + strength * (2 * draw[k] - 1)) for k in (_BRIGHTNESS, _CONTRAST, _SATURATION)
-            )
+            brightness, contrast, saturation = (max(0.0, 1 + strength * (2 * draw[k] - 1)) for k in (_BRIGHTNESS, _CONTRAST, _SATURATION))
             image_CHW = F.adjust_brightness(image_CHW, brightness)
             image_CHW = F.adjust_contrast(image_CHW, contrast)
             image_CHW = F.adjust_saturation(image_CHW, saturation)
@@ -148,7 +146,7 @@ def _statistics(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pixels_NC = image.reshape(-1, 3)
     values = np.arange(256, dtype=np.float64)
     counts = np.stack([np.bincount(pixels_NC[:, c], minlength=256) for c in range(3)]) / max(len(pixels_NC), 1)
-    mean_C = counts @ values
+    mean_C = (counts * values).sum(axis=1)
     return mean_C, np.sqrt(np.maximum((counts * (values - mean_C[:, None]) ** 2).sum(axis=1), 0))
 
 
@@ -193,9 +191,7 @@ def cutmix_boxes(n: int, height: int, width: int, boxes: int, area: tuple[float,
     return (rows_NBH[..., :, None] & columns_NBW[..., None, :]).any(dim=1)
 
 
-def box_places(
-    n: int, height: int, width: int, boxes: int, area: tuple[float, float], seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def box_places(n: int, height: int, width: int, boxes: int, area: tuple[float, float], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height, width of the boxes of `cutmix_boxes`, int64 [n, boxes] each.
 
     With total area p, a box is p^a / sqrt(boxes) high and p^(1-a) / sqrt(boxes) wide, a uniform in 0..1.

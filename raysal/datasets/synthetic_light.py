@@ -127,7 +127,8 @@ def expose(picture_HWC: np.ndarray, camera: Camera, rng: np.random.Generator) ->
     """The picture as the camera delivers it: uint8 [H, W, 3] from float32 0..1 (more is overexposed)."""
     size = picture_HWC.shape[0]
     if camera.gray:
-        picture_HWC = np.repeat((picture_HWC @ np.array([0.35, 0.45, 0.2], F32))[..., None], 3, axis=2)
+        luminance_HW = F32(0.35) * picture_HWC[..., 0] + F32(0.45) * picture_HWC[..., 1] + F32(0.2) * picture_HWC[..., 2]
+        picture_HWC = np.repeat(luminance_HW[..., None], 3, axis=2)
     else:
         picture_HWC = picture_HWC * camera.balance
     axis = (np.arange(size, dtype=F32) + F32(0.5)) / size - F32(0.5)

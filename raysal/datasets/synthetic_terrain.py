@@ -1,9 +1,9 @@
-"""The ground of a synthetic scene: a height field in perspective, its classes, its sunlight and its shadows.
+"""The ground of a synthetic scene: a height field in perspective, and what it is made of.
 
 Everything is drawn on a *ground grid*: rows run from below the picture's lower edge away to the horizon, columns are the picture's.
 The unit of length is the width of the view at the lower edge. A row at height r (0 top, 1 bottom) lies at the scale
-s = (1 - horizon) / (r - horizon): things there look 1 / s as large, x = (u - 1/2) s across, z = focal s away. `project` then lifts
-each sample by its height and lets near ones hide far ones, so that mask and picture come from the same samples and agree exactly.
+s = (1 - horizon) / (r - horizon): things there look 1 / s as large, x = (u - 1/2) s across, z = focal s away. `synthetic_render`
+then lifts each sample by its height and lets near ones hide far ones, so that mask and picture come from the same samples.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Grid:
         self.shape = self.x_RU.shape
 
     @property
-    def seen_R(self) -> slice:
+    def seen(self) -> slice:
         """Rows of the grid that lie inside the picture where the ground is flat."""
         return slice(int((self.r_R >= 1).sum()), int((self.r_R > 0).sum()))
 
@@ -155,7 +155,9 @@ class Grid:
         reach_z = max(radius, 0.8 * self.focal * s * s / (1 - self.horizon) / self.size_px)
         low, high = np.searchsorted(self.z_R, (self.focal * s - reach_z, self.focal * s + reach_z))
         near = min(self.s_R[min(low, len(self.s_R) - 1)], s)
-        left, right = np.searchsorted(self.u_U, ((u * s - radius) / near - 0.5 / self.size_px, (u * s + radius) / near + 0.5 / self.size_px))
+        left, right = np.searchsorted(
+            self.u_U, ((u * s - radius) / near - 0.5 / self.size_px, (u * s + radius) / near + 0.5 / self.size_px)
+        )
         rows, columns = slice(int(low), int(high)), slice(int(left), int(right))
         return rows, columns, (self.x_RU[rows, columns] - u * s) / radius, ((self.z_R[rows, None] - self.focal * s) / reach_z).astype(F32)
 
@@ -200,7 +202,7 @@ def lay(grid: Grid, geology: Geology, soil: float, sand: float, bedrock: bool) -
     mottle = grid.fbm(0.4, 0.1, 0.5, 8)
     rock_height, albedo = _bedrock(grid, geology, fine, mottle)
     patch = grid.fbm(1.5, 0.2, 0.9, 12) * F32(geology.thickness * (0.25 + 1.5 * geology.patchiness))
-    ground = Ground(swell + rock_height, np.full(grid.shape, BEDROCK, np.uint8), albedo, np.clip(0.35 + 0.25 * mottle, 0, 1))
+    ground = Ground(swell + rock_height, np.full(grid.shape, BEDROCK, np.uint8), albedo, np.clip(0.22 + 0.2 * mottle, 0, 1))
     low = rock_height + patch
     level = np.inf if not bedrock else _quantile(grid, low, soil) if soil > 0 else -np.inf
     if soil > 0 or not bedrock:
@@ -212,7 +214,7 @@ def lay(grid: Grid, geology: Geology, soil: float, sand: float, bedrock: bool) -
 
 def _quantile(grid: Grid, field_RU: np.ndarray, share: float) -> float:
     step = max(1, grid.size_px // 64)
-    return float(np.quantile(field_RU[grid.seen_R][::step, ::step], min(max(share, 0.0), 1.0)))
+    return float(np.quantile(field_RU[grid.seen][::step, ::step], min(max(share, 0.0), 1.0)))
 
 
 def _bedrock(grid: Grid, geology: Geology, fine_RU: np.ndarray, mottle_RU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -270,71 +272,3 @@ def _put(ground: Ground, where: np.ndarray, kind: int, height: np.ndarray, albed
     np.copyto(ground.height, height, where=where)
     np.copyto(ground.albedo, albedo, where=where)
     np.copyto(ground.dust, dust.astype(F32, copy=False), where=where)
-
-
-def sunlight(grid: Grid, height_RU: np.ndarray, azimuth: float, elevation: float, ambient: float) -> np.ndarray:
-    """Brightness float32 [R, U] of a matt surface (Lambert) with cast shadows; 1 on flat ground in full sun.
-
-    Args:
-        grid: The ground grid.
-        height_RU: Heights in view widths.
-        azimuth: Where the sun stands, radians; 0 ahead of the camera, pi / 2 to its right.
-        elevation: The sun's height above the horizon, radians.
-        ambient: Share of the light that comes from the dusty sky and reaches into shadows.
-    """
-    slope_x = np.empty_like(height_RU)
-    slope_x[:, 1:-1] = height_RU[:, 2:] - height_RU[:, :-2]
-    slope_x[:, (0, -1)] = slope_x[:, (1, -2)]
-    slope_x *= (0.5 / grid.dx_R)[:, None].astype(F32)
-    slope_z = np.empty_like(height_RU)
-    slope_z[:-1] = height_RU[1:] - height_RU[:-1]
-    slope_z[-1] = slope_z[-2]
-    slope_z *= (1 / grid.dz_R)[:, None].astype(F32)
-    to_x, to_z = np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth)
-    facing = F32(np.sin(elevation)) - slope_x * F32(to_x) - slope_z * F32(to_z)
-    facing /= np.sqrt(1 + slope_x * slope_x + slope_z * slope_z)
-    direct = np.clip(facing / F32(np.sin(elevation)), 0, 1.9)
-    direct *= 1 - _shadow(grid, height_RU, azimuth, elevation)
-    return F32(ambient) + F32(1 - ambient) * direct
-
-
-def _shadow(grid: Grid, height_RU: np.ndarray, azimuth: float, elevation: float) -> np.ndarray:
-    """Share of the sun hidden, float32 [R, U].
-
-    A step of a * s towards the sun moves a grid point to s' = s (1 + a cos / focal), u' = (u + a sin) / (1 + a cos / focal):
-    rows and columns move apart from each other, so that one step is two one-dimensional look-ups.
-    """
-    size, horizon = grid.size_px, grid.horizon
-    steepest = np.full(grid.shape, -9, F32)
-    shortest = 1.6 / size
-    steps = np.geomspace(shortest, max(0.3, 4 * shortest), 11)
-    for a in steps:
-        c = 1 + a * np.cos(azimuth) / grid.focal
-        row_R = np.rint((grid.r_R[0] - (horizon + (grid.r_R - horizon) / c)) * size).astype(np.int64)
-        column_U = np.rint(((grid.u_U + a * np.sin(azimuth)) / c + 0.5) * size - 0.5).astype(np.int64)
-        ahead = height_RU[np.clip(row_R, 0, len(row_R) - 1)][:, np.clip(column_U, 0, size - 1)]
-        ahead -= height_RU
-        ahead *= (1 / (a * grid.s_R))[:, None].astype(F32)
-        np.maximum(steepest, ahead, out=steepest)
-    limit = float(np.tan(elevation))
-    return smoothstep(limit * 0.9, limit * 1.15 + 0.03, steepest)
-
-
-def project(grid: Grid, height_RU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which ground sample each pixel sees.
-
-    Returns:
-        int32 [H, W], flat indices into the grid, and bool [H, W], where the ground is seen at all (not the sky or a ridge behind it).
-    """
-    n, size = grid.shape[0], grid.size_px
-    lift = height_RU * (grid.lift * size / grid.s_R)[:, None].astype(F32)
-    y = (grid.r_R * size - 0.5)[:, None].astype(F32) - lift
-    np.minimum.accumulate(y, axis=0, out=y)
-    first = np.clip(np.ceil(y - F32(0.02)), 0, size).astype(np.int32)
-    first *= size
-    first += np.arange(size, dtype=np.int32)
-    counts = np.bincount(first.ravel(), minlength=(size + 1) * size).reshape(size + 1, size)
-    nearer = np.cumsum(counts[::-1], axis=0, dtype=np.int32)[::-1]
-    row = nearer[1:]
-    seen = row < n if grid.horizon > -0.04 else np.ones((size, size), bool)
-    return np.minimum(row, n - 1) * size + np.arange(size, dtype=np.int32), seen

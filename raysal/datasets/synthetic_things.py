@@ -7,7 +7,6 @@ from PIL import Image, ImageDraw
 
 from raysal.datasets.synthetic_terrain import F32, HOLE, ROCK, ROVER, SOIL, TRACE, Grid, Ground, smoothstep
 
-Rgb = tuple[float, float, float]
 Point = tuple[float, float]
 
 
@@ -97,14 +96,14 @@ def add_holes(grid: Grid, ground: Ground, rng: np.random.Generator) -> None:
         np.copyto(ground.dust[rows, columns], F32(0.15), where=collar)
 
 
-def add_rover(picture_HWC: np.ndarray, mask_HW: np.ndarray, rng: np.random.Generator, dust_rgb: Rgb, gray: float) -> None:
+def add_rover(picture_HWC: np.ndarray, mask_HW: np.ndarray, rng: np.random.Generator, dust_C: np.ndarray, gray: float) -> None:
     """Draws hardware that leans into the picture from a border (deck, wheel or arm), in place; its pixels are class rover.
 
     Args:
         picture_HWC: float32 [H, W, 3], 0..1.
         mask_HW: uint8 [H, W].
         rng: Draws what is seen, and where.
-        dust_rgb: Colour of the dust that has settled on it.
+        dust_C: float32 [3], colour of the dust that has settled on it.
         gray: Overall brightness of the light on it.
     """
     size = mask_HW.shape[0]
@@ -114,7 +113,7 @@ def add_rover(picture_HWC: np.ndarray, mask_HW: np.ndarray, rng: np.random.Gener
     down, across = np.mgrid[0:size, 0:size].astype(F32) / size
     light = F32(gray) * (1 + F32(rng.uniform(-0.35, 0.35)) * (across - 0.5) + F32(rng.uniform(-0.3, 0.1)) * (down - 0.5))
     settled = F32(rng.uniform(0.12, 0.4))
-    color_HWC = color_HWC * (1 - settled) + np.asarray(dust_rgb, F32) * settled
+    color_HWC = color_HWC * (1 - settled) + dust_C * settled
     reach = max(1, size // 24)
     shadow = np.zeros_like(outline_HW)
     if rng.uniform() < 0.5:
@@ -133,23 +132,24 @@ class _Paint:
     def __init__(self, size_px: int, mirror: bool) -> None:
         self.size_px, self.mirror = size_px, mirror
         self.picture, self.outline = Image.new("RGB", (size_px, size_px)), Image.new("L", (size_px, size_px))
-        self.draws = (ImageDraw.Draw(self.picture), ImageDraw.Draw(self.outline))
+        self.color, self.shape = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.outline)
 
     def _at(self, points: list[Point]) -> list[Point]:
         return [((1 - x if self.mirror else x) * self.size_px, y * self.size_px) for x, y in points]
 
     def polygon(self, points: list[Point], tone: float) -> None:
-        for draw, fill in zip(self.draws, (_gray(tone), 255), strict=True):
-            draw.polygon(self._at(points), fill=fill)
+        self.color.polygon(self._at(points), fill=_gray(tone))
+        self.shape.polygon(self._at(points), fill=255)
 
     def line(self, points: list[Point], width: float, tone: float) -> None:
-        for draw, fill in zip(self.draws, (_gray(tone), 255), strict=True):
-            draw.line(self._at(points), fill=fill, width=max(1, round(width * self.size_px)), joint="curve")
+        thick = max(1, round(width * self.size_px))
+        self.color.line(self._at(points), fill=_gray(tone), width=thick, joint="curve")
+        self.shape.line(self._at(points), fill=255, width=thick, joint="curve")
 
     def disc(self, center: Point, radius: float, tone: float) -> None:
         (x, y), k = self._at([center])[0], radius * self.size_px
-        for draw, fill in zip(self.draws, (_gray(tone), 255), strict=True):
-            draw.ellipse((x - k, y - k, x + k, y + k), fill=fill)
+        self.color.ellipse((x - k, y - k, x + k, y + k), fill=_gray(tone))
+        self.shape.ellipse((x - k, y - k, x + k, y + k), fill=255)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """bool [H, W] outline and float32 [H, W, 3] colour in 0..1."""
@@ -169,7 +169,9 @@ def _deck(paint: _Paint, rng: np.random.Generator) -> None:
     paint.line([(0, 1 - high), (wide, 1 - high + fall), (wide * 1.1, 1)], 0.014, tone * 0.45)
     split = rng.uniform(0.35, 0.65)
     paint.line([(wide * split, 1 - high + fall * split), (wide * split * 1.06, 1)], 0.01, tone * 0.3)
-    paint.polygon([(wide * 0.06, 1 - high * 0.7), (wide * split * 0.8, 1 - high * 0.62), (wide * split * 0.8, 1), (wide * 0.06, 1)], tone * 0.62)
+    paint.polygon(
+        [(wide * 0.06, 1 - high * 0.7), (wide * split * 0.8, 1 - high * 0.62), (wide * split * 0.8, 1), (wide * 0.06, 1)], tone * 0.62
+    )
     for k in range(5):
         paint.disc((wide * (0.1 + 0.2 * k), 1 - high + fall * (0.1 + 0.2 * k) + 0.035), 0.009, tone * 0.35)
     if rng.uniform() < 0.6:
@@ -194,7 +196,9 @@ def _wheel(paint: _Paint, rng: np.random.Generator) -> None:
     for k in range(6):
         angle = 2 * np.pi * (k + turn) / 6
         rim = (x + radius * 0.86 * np.cos(angle), y + radius * 0.86 * np.sin(angle))
-        paint.line([(x, y), (x + 0.5 * (rim[0] - x) - 0.04 * np.sin(angle), y + 0.5 * (rim[1] - y) + 0.04 * np.cos(angle)), rim], 0.018, tone)
+        paint.line(
+            [(x, y), (x + 0.5 * (rim[0] - x) - 0.04 * np.sin(angle), y + 0.5 * (rim[1] - y) + 0.04 * np.cos(angle)), rim], 0.018, tone
+        )
     paint.disc((x, y), radius * 0.26, tone * 1.3)
     paint.disc((x, y), radius * 0.12, tone * 0.5)
     paint.polygon([(x - 0.2, y - radius * 0.3), (x, y - 0.03), (x, y + 0.03), (x - 0.2, y - radius * 0.1)], tone * 1.4)

@@ -202,9 +202,14 @@ def _parse(folder_uri: str, raw: dict[str, Any]) -> ModelInfo:
             parents=dict(raw["parents"]),
         )
     except KeyError as error:
-        raise CheckpointError(f"{where}: {error} is missing; the checkpoint is damaged: copy it again") from error
-    except (TypeError, ValueError, ValidationError, DataError, CheckpointError) as error:
-        raise CheckpointError(f"{where}: can't be used ({error}); the checkpoint is damaged: copy it again") from error
+        problem = f"{error} is missing"
+    except ValidationError as error:
+        problem = "; ".join(f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    except (TypeError, ValueError, DataError, CheckpointError) as error:
+        problem = str(error)
+    raise CheckpointError(
+        f"{where}: can't be used ({problem}); damaged, or changed since raysal {raw.get('raysal_version')} wrote it: copy it again"
+    )
 
 
 def _read(folder_uri: str, name: str) -> bytes:

@@ -27,7 +27,6 @@ Resolution = Literal["full", "decoder"]
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {a.__name__: a for a in smp.MODEL_ARCHITECTURES_MAPPING.values()}
 
-_DIVISIBLE_PX = {"DPT": 32}  # beside the encoder's stride: its decoder fuses maps of 1/4 to 1/32, whatever the patch size
 _SMALLEST_PX = {"PAN": 128}  # its feature pyramid halves the encoder's last map three times
 
 
@@ -77,9 +76,9 @@ class TwoBranch(nn.Module):
             if cfg.dropout > 0 and not _has_dropout(branch):
                 branch.segmentation_head = nn.Sequential(nn.Dropout2d(cfg.dropout), branch.segmentation_head)
         self.branches = nn.ModuleList(branches)
-        name = type(branches[0]).__name__
-        self._stride = math.lcm(int(branches[0].encoder.output_stride), _DIVISIBLE_PX.get(name, 1))
-        self._smallest = _SMALLEST_PX.get(name, 1)
+        # DPT's decoder halves the grid of patches once.
+        self._stride = int(branches[0].encoder.output_stride) * (2 if isinstance(branches[0], smp.DPT) else 1)
+        self._smallest = _SMALLEST_PX.get(type(branches[0]).__name__, 1)
 
     def forward(self, images_BCHW: Tensor, resolution: Resolution = "full") -> tuple[Tensor, Tensor]:
         """Logits of both branches.
@@ -188,7 +187,10 @@ def _build_branch(cfg: ModelConfig, n_classes: int, seed: int, hub_weights: str 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return architecture(encoder_name=cfg.encoder, classes=n_classes, **options)
+            branch = architecture(encoder_name=cfg.encoder, classes=n_classes, **options)
+            if architecture is smp.DPT:
+                _fit_patches(branch)
+            return branch
         except OSError as error:
             raise CheckpointError(
                 f"model.encoder_weights: {hub_weights!r} can't be downloaded ({error}); check the connection, "
@@ -199,6 +201,19 @@ def _build_branch(cfg: ModelConfig, n_classes: int, seed: int, hub_weights: str 
                 f"model: {cfg.arch} with encoder {cfg.encoder!r} and encoder weights {hub_weights!r} can't be built "
                 f"({type(error).__name__}: {error}); change model.arch, model.encoder, model.output_stride or model.encoder_weights"
             ) from error
+
+
+def _fit_patches(branch: Any) -> None:
+    """Gives DPT the decoder of 16 px patches, whatever the encoder's: it makes whole steps from patches to maps, and smp's own
+    decoder for 14 px patches (DINOv2) makes maps that don't fit together. The last upsampling reaches the image's size anyway."""
+    encoder = branch.encoder
+    if set(encoder.output_strides) != {16}:
+        branch.decoder = type(branch.decoder)(
+            encoder_out_channels=encoder.out_channels,
+            encoder_output_strides=[16] * len(encoder.out_channels),
+            encoder_has_prefix_tokens=encoder.has_prefix_tokens,
+        )
+        branch.initialize()
 
 
 def _architecture(name: str) -> type[nn.Module]:
@@ -248,7 +263,9 @@ def _freeze_unused(model: TwoBranch) -> None:
     was_training = model.training
     model.eval()
     side = max(64, model._smallest)
-    sum(z.sum() for z in model(torch.zeros(1, 3, side, side, device=model.mean.device))).backward()  # type: ignore[union-attr]
+    with torch.enable_grad():
+        z1, z2 = model(torch.zeros(1, 3, side, side, device=model.mean.device))
+        (z1.sum() + z2.sum()).backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
     model.zero_grad(set_to_none=True)

@@ -74,7 +74,8 @@ def requests(run: Run, limits: Limits, n_classes: int) -> list[Request]:
     asking = [r for r in run.rounds if r.chosen]
     most = max(1, min(THUMBS, THUMBS_IN_ALL // max(1, len(asking))))
     found = (
-        run.attempt(f"images asked for in round {this.number}", partial(_request, run, this, most, limits, n_classes), None) for this in asking
+        run.attempt(f"images asked for in round {this.number}", partial(_request, run, this, most, limits, n_classes), None)
+        for this in asking
     )
     return [request for request in found if request]
 
@@ -197,4 +198,3 @@ def bought_images(run: Run, n_classes: int) -> np.ndarray:
     rows_ = [row["class_pixels"] for r in run.rounds for row in r.bought if isinstance(row.get("class_pixels"), list)]
     usable = [row for row in rows_ if len(row) == n_classes]
     return np.sum([[float((p or 0) > 0) for p in row] for row in usable], axis=0) if usable else np.full(n_classes, math.nan)
-

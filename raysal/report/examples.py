@@ -33,6 +33,7 @@ VAL_PIXELS = 24_000_000
 AT_LEAST = 8
 BATCH = 8
 SHOWN = 4
+SPREAD = 6
 TILE_PX = 256
 HERO_PX = 760
 
@@ -60,11 +61,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """What `examples` found. `top` is the uncertainty drawn brightest; best and worst are sorted, most extreme first."""
+    """What `examples` found.
+
+    Attributes:
+        best, worst: Most extreme first.
+        typical: Of the middle third by mIoU, the one whose truth shows most classes.
+        spread: Evenly spread from the best to the worst.
+        looked: Images that were masked, of `total` in the split.
+        top: The uncertainty that is drawn brightest.
+        label_set: The checkpoint's.
+    """
 
     best: tuple[Example, ...]
     worst: tuple[Example, ...]
     typical: Example
+    spread: tuple[Example, ...]
     looked: int
     total: int
     top: float
@@ -88,7 +99,10 @@ def examples(run: Run, cfg: Config, checkpoint_uri: str) -> Examples:
     best = [_with_uncertainty(e, dataset, predictor) for e in reversed(seen[-n:])]
     drawn = np.concatenate([e.uncertainty.ravel() for e in (*best, *worst) if e.uncertainty is not None])
     top = max(float(np.quantile(drawn, 0.995)), 1e-3)
-    return Examples(tuple(best), tuple(worst), seen[len(seen) // 2], len(seen), len(items), top, predictor.info.label_set)
+    middle = seen[len(seen) // 3 : -(len(seen) // 3) or None]
+    typical = max(middle, key=lambda e: len(np.unique(e.truth)))
+    spread = tuple(seen[i] for i in np.linspace(len(seen) - 1, 0, min(SPREAD, len(seen))).round().astype(int))
+    return Examples(tuple(best), tuple(worst), typical, spread, len(seen), len(items), top, predictor.info.label_set)
 
 
 def _open(run: Run, cfg: Config) -> Dataset:
@@ -114,7 +128,7 @@ def _look(run: Run, dataset: Dataset, items: Sequence[Item], predictor: Predicto
         same_size = list(group)
         for start in range(0, len(same_size), BATCH):
             batch = same_size[start : start + BATCH]
-            masks = run.attempt("masks of val images", partial(_masks, predictor, [image for _, image, _ in batch]), [])
+            masks: list[np.ndarray] = run.attempt("masks of val images", partial(_masks, predictor, [image for _, image, _ in batch]), [])
             for (item, image_HWC, truth_HW), mask_HW in zip(batch, masks, strict=False):
                 value = miou(confusion(mask_HW, truth_HW, dataset.label_set.n_classes))
                 if math.isfinite(value):
@@ -131,8 +145,8 @@ def _masks(predictor: Predictor, images: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _example(item: Item, value: float, image_HWC: np.ndarray, truth_HW: np.ndarray, mask_HW: np.ndarray) -> Example:
-    masks = [shrink(mask, HERO_PX, smooth=False) for mask in (truth_HW, mask_HW)]
-    return Example(item, value, shrink(image_HWC, HERO_PX), *masks)
+    truth, mask = (shrink(ids_HW, HERO_PX, smooth=False) for ids_HW in (truth_HW, mask_HW))
+    return Example(item, value, shrink(image_HWC, HERO_PX), truth, mask)
 
 
 def _with_uncertainty(example: Example, dataset: Dataset, predictor: Predictor) -> Example:
@@ -143,5 +157,5 @@ def _with_uncertainty(example: Example, dataset: Dataset, predictor: Predictor) 
     image = shrink(example.image, TILE_PX)
     size = (image.shape[1], image.shape[0])
     uncertainty = np.asarray(Image.fromarray(map_hw.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
-    masks = [shrink(mask, TILE_PX, smooth=False) for mask in (example.truth, example.mask)]
-    return Example(example.item, example.miou, image, *masks, uncertainty)
+    truth, mask = (shrink(ids, TILE_PX, smooth=False) for ids in (example.truth, example.mask))
+    return Example(example.item, example.miou, image, truth, mask, uncertainty)

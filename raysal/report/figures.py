@@ -6,11 +6,12 @@ Arrays carry shape suffixes: R rounds, C classes, T log lines. NaN means "not me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from raysal.report.theme import FULL, HALF, Theme, class_ticks, dress, figure, plain, readable_on
 
@@ -34,7 +35,7 @@ def learning_curve(labels_R: np.ndarray, miou_R: np.ndarray, pool: int | None, f
             f"full supervision {full:.1f}", (0.005, full), (0, -5), xycoords=("axes fraction", "data"), textcoords="offset points",
             color=theme.series[0], fontsize=9.5, va="top",
         )  # fmt: skip
-        share = ax.secondary_yaxis("right", functions=(lambda y: y / full * 100, lambda y: y / 100 * full))
+        share = ax.secondary_yaxis("right", functions=(partial(np.multiply, 100 / full), partial(np.multiply, full / 100)))
         share.set_ylabel("share of full supervision (%)", color=theme.muted, fontsize=9.5)
         share.tick_params(colors=theme.muted, labelcolor=theme.ink, labelsize=9, length=0)
         share.spines["right"].set_visible(False)
@@ -49,33 +50,42 @@ def learning_curve(labels_R: np.ndarray, miou_R: np.ndarray, pool: int | None, f
     return fig
 
 
+def _class_height(classes: Sequence[str]) -> float:
+    """Inches of a figure with a row a class; the same for all, as they stand side by side."""
+    return max(2.6, 0.42 * len(classes) + 1.2)
+
+
 def class_iou(rounds: Sequence[str], classes: Sequence[str], colors: Sequence[Rgb], iou_RC: np.ndarray, theme: Theme) -> Figure:
     """Heat map of IoU in percent, a row a class, a column a round; the numbers stand in the cells."""
     wide = len(rounds) > 7
-    fig = figure(theme, FULL if wide else HALF, max(2.6, 0.42 * len(classes) + 1.0))
+    fig = figure(theme, FULL if wide else HALF, _class_height(classes))
     ax = dress(fig.subplots(), theme, grid=None)
     percent_CR = iou_RC.T * 100
     _cells(ax, theme, percent_CR, numbered=len(rounds) <= 16)
     ax.set_xticks(range(len(rounds)), [plain(r, 12) for r in rounds], fontsize=9 if len(rounds) <= 16 else 6.5)
-    class_ticks(ax, theme, classes, colors, -0.022 if wide else -0.05)
+    class_ticks(ax, theme, classes, colors)
     ax.set_xlabel("round (labels bought)")
-    ax.set_title("IoU by class (%)", loc="left")
     return fig
 
 
 def confusion(classes: Sequence[str], colors: Sequence[Rgb], counts_CC: np.ndarray, theme: Theme) -> Figure:
-    """Rows: what the expert said; columns: what the model said; percent of the row's pixels."""
+    """Rows: what the expert said; columns: what the model said; percent of the row's pixels.
+
+    Raises:
+        ValueError: The matrix has not one row and one column for each class.
+    """
     n = len(classes)
+    if counts_CC.shape != (n, n):
+        raise ValueError(f"a confusion matrix of shape {counts_CC.shape} for {n} classes")
     fig = figure(theme, HALF, 4.9)
     ax = dress(fig.subplots(), theme, grid=None)
     rows_C = counts_CC.sum(axis=1, keepdims=True)
     percent_CC = np.divide(100 * counts_CC, rows_C, out=np.full(counts_CC.shape, np.nan), where=rows_C > 0)
     _cells(ax, theme, percent_CC, numbered=n <= 14)
     ax.set_xticks(range(n), [plain(c, 12) for c in classes], rotation=45, ha="right", rotation_mode="anchor")
-    class_ticks(ax, theme, classes, colors, -0.05)
+    class_ticks(ax, theme, classes, colors)
     ax.set_xlabel("the model says")
     ax.set_ylabel("the expert says")
-    ax.set_title("% of the expert's pixels", loc="left")
     return fig
 
 
@@ -110,7 +120,7 @@ def reliability(counts_B: np.ndarray, accuracy_B: np.ndarray, confidence_B: np.n
     top.text(0.03, 0.95, "above the line: better than it says", color=theme.muted, fontsize=9, va="top")
     top.text(0.98, 0.04, "below the line: too sure of itself", color=theme.muted, fontsize=9, ha="right")
     if np.isfinite(ece):
-        top.set_title(f"calibration error (ECE) {100 * ece:.1f} %", loc="left")
+        top.set_title(f"calibration error (ECE) {100 * ece:.1f} %", loc="left", color=theme.muted, fontsize=9.5)
     top.set_ylim(0, 1)
     top.set_ylabel("share that is right")
     dress(bottom, theme)
@@ -131,7 +141,7 @@ def class_balance(
     Args:
         bought_C: Pixels bought, any unit; pool_C: predicted share in the pool, or None; images_C: bought images with the class, or NaN.
     """
-    fig = figure(theme, HALF, max(2.6, 0.42 * len(classes) + 1.25))
+    fig = figure(theme, HALF, _class_height(classes))
     ax = dress(fig.subplots(), theme, grid="x")
     floor = 0.01  # percent; the log axis has no place for zero
     y = np.arange(len(classes))
@@ -144,21 +154,32 @@ def class_balance(
     for i, n in enumerate(images_C):
         if np.isfinite(n):
             ax.annotate(
-                f"{int(n)}", (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=theme.muted, annotation_clip=False
+                f"{int(n)}",
+                (1.02, i),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8.5,
+                color=theme.muted,
+                annotation_clip=False,
             )
     ax.annotate("images", (1.02, -0.85), xycoords=("axes fraction", "data"), fontsize=8.5, color=theme.muted, annotation_clip=False)
     ax.set_xscale("log")
     ax.set_xlim(floor * 0.8, 130)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"≤ {v:g}" if v <= floor else f"{v:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_ylim(len(classes) - 0.5, -0.5)
-    class_ticks(ax, theme, classes, colors, -0.05)
+    class_ticks(ax, theme, classes, colors)
     ax.set_xlabel("share of pixels (%, each step is ten times more)")
-    _legend(ax, theme, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
+    _legend(ax, theme, 2)
     return fig
 
 
-def _legend(ax: Axes, theme: Theme, **where: object) -> None:
-    ax.legend(frameon=False, fontsize=9, labelcolor=theme.ink, handlelength=1.4, columnspacing=1.2, borderaxespad=0.2, **where)  # type: ignore[arg-type]
+def _legend(ax: Axes, theme: Theme, columns: int) -> None:
+    """A legend above the axes, where it covers nothing."""
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False, fontsize=9, labelcolor=theme.ink,
+        handlelength=1.4, handletextpad=0.5, columnspacing=1.1, borderaxespad=0.2,
+    )  # fmt: skip
 
 
 def losses(steps_T: np.ndarray, terms: Mapping[str, np.ndarray], theme: Theme) -> Figure:
@@ -169,12 +190,18 @@ def losses(steps_T: np.ndarray, terms: Mapping[str, np.ndarray], theme: Theme) -
     for i, (name, values_T) in enumerate(terms.items()):
         color = theme.series[i % len(theme.series)]
         ax.plot(steps_T, values_T, color=color, linewidth=0.8, alpha=0.35)
-        ax.plot(*_running_mean(steps_T, values_T, window), color=color, linewidth=2, label=plain(name, 30), linestyle=("-", "--", "-.", ":")[i % 4])
+        ax.plot(
+            *_running_mean(steps_T, values_T, window),
+            color=color,
+            linewidth=2,
+            label=plain(name, 30),
+            linestyle=("-", "--", "-.", ":")[i % 4],
+        )
     ax.set_xlabel("training step")
     ax.set_ylabel("loss")
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _legend(ax, theme, loc="upper right")
+    _legend(ax, theme, 2)
     return fig
 
 
@@ -194,29 +221,31 @@ def agreement(steps_T: np.ndarray, classes: Sequence[str], colors: Sequence[Rgb]
     cmap = theme.colormap()
     first, last = float(steps_T[0]), float(steps_T[-1])
     extent = (first, last if last > first else first + 1, len(classes) - 0.5, -0.5)
-    picture = ax.imshow(np.ma.masked_invalid(100 * agreement_TC.T), cmap=cmap, vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=extent)
+    picture = ax.imshow(
+        np.ma.masked_invalid(100 * agreement_TC.T), cmap=cmap, vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=extent
+    )
     bar = fig.colorbar(picture, ax=ax, pad=0.02, fraction=0.05)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.spines["outline"].set_visible(False)
     bar.ax.tick_params(labelcolor=theme.ink, labelsize=9, length=0)
     bar.set_label("agreement of the branches (%)", color=theme.muted, fontsize=9.5)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    class_ticks(ax, theme, classes, colors, -0.06)
+    class_ticks(ax, theme, classes, colors)
     ax.set_xlabel("training step")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return fig
 
 
 def seconds(names: Sequence[str], stages: Sequence[str], seconds_RS: np.ndarray, theme: Theme) -> Figure:
-    """Where the time went: one bar a round (and one for the archive), cut into stages S."""
-    fig = figure(theme, HALF, max(2.4, 0.42 * len(names) + 1.5))
+    """Where the time went: one bar a round, cut into stages S."""
+    fig = figure(theme, HALF, max(2.4, min(0.42 * len(names), 7.0) + 1.5))
     ax = dress(fig.subplots(), theme, grid="x")
     unit, name = (60.0, "minutes") if seconds_RS.sum(axis=1).max() > 180 else (1.0, "seconds")
     left = np.zeros(len(names))
     for s, stage in enumerate(stages):
         ax.barh(
-            range(len(names)), seconds_RS[:, s] / unit, left=left, height=0.66, label=plain(stage), color=theme.series[s % len(theme.series)],
-            edgecolor=theme.card, linewidth=0.8, hatch="///" if s >= len(theme.series) else None,
+            range(len(names)), seconds_RS[:, s] / unit, left=left, height=0.66, label=plain(stage),
+            color=theme.series[s % len(theme.series)], edgecolor=theme.card, linewidth=0.8, hatch="///" if s >= len(theme.series) else None,
         )  # fmt: skip
         left += seconds_RS[:, s] / unit
     for i, total in enumerate(left):
@@ -225,7 +254,7 @@ def seconds(names: Sequence[str], stages: Sequence[str], seconds_RS: np.ndarray,
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.margins(x=0.09)
     ax.set_xlabel(f"{name} of work")
-    _legend(ax, theme, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4)
+    _legend(ax, theme, 6)
     return fig
 
 
@@ -244,13 +273,24 @@ def throughput(stages: Sequence[str], rates_S: np.ndarray, theme: Theme) -> Figu
 
 
 def sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int, theme: Theme, headings: Sequence[str] = ()) -> Figure:
-    """A contact sheet of pictures uint8 [H, W, 3], each with a line of text; headings stand over the columns."""
-    rows = -(-len(tiles) // columns)
-    fig = figure(theme, FULL, rows * (FULL / columns + 0.3) + 0.4)
-    for i, (picture, text) in enumerate(tiles):
-        ax = fig.add_subplot(rows, columns, i + 1)
+    """A contact sheet of pictures uint8 [H, W, 3], each under a line of text; headings stand over the columns."""
+    rows, top, side, text = -(-len(tiles) // columns), 0.4 if headings else 0.1, FULL / columns, 0.24
+    height = top + rows * (side + text)
+    fig = figure(theme, FULL, height, layout=None)
+    for column, heading in enumerate(headings):
+        fig.text((column + 0.02) / columns, 1 - 0.2 / height, plain(heading), fontsize=10, weight="bold", color=theme.ink, va="center")
+    for i, (picture, line) in enumerate(tiles):
+        row, column = divmod(i, columns)
+        bottom = height - top - (row + 1) * (side + text)
+        ax = fig.add_axes((column / columns + 0.004, bottom / height, 1 / columns - 0.008, side / height - 0.004))
         ax.imshow(picture)
         ax.set_axis_off()
-        above = plain(headings[i]) + "\n" if i < min(columns, len(headings)) else ""
-        ax.set_title(above + plain(text, 200 // columns), fontsize=8.5, color=theme.ink)
+        fig.text(
+            (column + 0.02) / columns,
+            (bottom + side + text / 2) / height,
+            plain(line, 160 // columns),
+            fontsize=8.5,
+            color=theme.muted,
+            va="center",
+        )
     return fig

@@ -19,13 +19,23 @@ from raysal.archive.tables import read_table
 from raysal.archive.uris import exists, join, list_names, read_bytes
 from raysal.config import Config
 from raysal.labels import LABEL_SETS, S5MARS, LabelSet
-from raysal.model.checkpoint import ModelInfo, read_info
+from raysal.model.checkpoint import read_info
 from raysal.train.logs import read_log
 
 T = TypeVar("T")
+U = TypeVar("U")
 Json = dict[str, Any]
 
-STAND_IN_COLORS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66), (110, 110, 110))
+STAND_IN_COLORS = (
+    (0, 114, 178),
+    (230, 159, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (213, 94, 0),
+    (240, 228, 66),
+    (110, 110, 110),
+)
 """Okabe and Ito's colours, for classes whose label set is nowhere to be found."""
 
 
@@ -93,7 +103,7 @@ class Run:
     def finished(self) -> tuple[Round, ...]:
         return tuple(r for r in self.rounds if r.finished)
 
-    def attempt(self, what: str, work: Callable[[], T], otherwise: T) -> T:
+    def attempt(self, what: str, work: Callable[[], T], otherwise: U) -> T | U:
         """Result of work, or `otherwise` and a note: one damaged file must not cost the reader the rest of the page."""
         try:
             return work()
@@ -226,4 +236,3 @@ def _text(uri: str) -> str:
 def _json(run: Run, uri: str, what: str) -> Json:
     text = run.attempt(what, lambda: _text(uri), "")
     return mapping(run.attempt(what, lambda: json.loads(text), {})) if text else {}
-

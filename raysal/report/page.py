@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,19 @@ import raysal
 from raysal.archive.uris import absolute, exists, join, write_bytes
 from raysal.errors import InputError
 from raysal.labels import LabelSet
-from raysal.report import figures, sections
+from raysal.report import figures
 from raysal.report.asked import Labeled, Request, pool_masks, requests
 from raysal.report.examples import Example, Examples, examples
 from raysal.report.gather import Run, label_set, mapping, number, read_run, rows
 from raysal.report.pictures import Limits, heat, jpeg_uri, mask_uri, overlay, shrink
-from raysal.report.sections import Desk, full_miou, labels_of, rates, times
+from raysal.report.sections import SECTIONS, Desk, full_miou, labels_of, rates, times
 from raysal.report.theme import LIGHT, png
 
 REASONS_SHOWN = 5
 HERO_LEAST_PX = 380
+"""Images with a shorter longer side are not blown up to half the page; several stand beside each other instead."""
+
+HERO_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ def build(run_uri: str) -> str:
     """
     uri = absolute(run_uri)
     if not any(exists(join(uri, name)) for name in ("config.yaml", "run.json", "rounds")):
-        raise InputError(f"{run_uri}: no run folder (no config.yaml, run.json or rounds/ in it); give the folder that `raysal loop` wrote to")
+        raise InputError(
+            f"{run_uri}: no run folder (no config.yaml, run.json or rounds/ in it); give the folder that `raysal loop` wrote to"
+        )
     page = join(uri, "report", "index.html")
     write_bytes(page, render(read_run(uri)).encode())
     return page
@@ -66,19 +72,14 @@ def render(run: Run) -> str:
     classes = seen.label_set if seen else label_set(run)
     desk = Desk(run, classes, join(run.uri, "report"))
     limits = Limits(run.config.data.max_bytes, run.config.data.max_pixels) if run.config else Limits()
-    asked, masks = requests(run, limits, classes.n_classes), run.attempt("masks of the pool", lambda: pool_masks(run, classes, limits), [])
+    asked = requests(run, limits, classes.n_classes)
+    masks: list[Labeled] = run.attempt("masks of the pool", lambda: pool_masks(run, classes, limits), [])
     context: dict[str, Any] = {
         "run": run,
         "label_set": classes,
         "head": headline(run, classes),
-        "hero": _hero(run, seen, masks, classes),
-        "charts": {
-            "learning": sections.learning(desk),
-            "by_class": sections.by_class(desk),
-            "trust": sections.trust(desk),
-            "training": sections.training(desk),
-            "effort": sections.effort(desk),
-        },
+        "hero": _hero(seen, masks, classes),
+        "charts": {name: run.attempt(f"section {name}", partial(section, desk), []) for name, section in SECTIONS.items()},
         "seen": seen,
         "asked": asked,
         "masks": masks,
@@ -169,19 +170,14 @@ def _examples(run: Run) -> Examples | None:
     return run.attempt("val images", lambda: examples(run, cfg, checkpoint), None)
 
 
-def _hero(run: Run, seen: Examples | None, masks: list[Labeled], classes: LabelSet) -> dict[str, Any] | None:
-    """The big picture: a typical val image, photo and mask; without val images, one of the pool's masks."""
-    if seen:
-        e = seen.typical
-        return {"photo": e.image, "mask": overlay(e.image, e.mask, classes, 0.62), "name": e.item.name, "miou": e.miou, "small": _small(e.image)}
-    picture = next((m for m in masks if not isinstance(m.picture, str)), None)
-    if picture is None:
-        return None
-    return {"photo": None, "mask": picture.picture, "name": picture.name, "miou": math.nan, "small": True}
-
-
-def _small(image: np.ndarray) -> bool:
-    return max(image.shape[:2]) < HERO_LEAST_PX
+def _hero(seen: Examples | None, masks: list[Labeled], classes: LabelSet) -> dict[str, Any]:
+    """The big picture: one typical val image, or a row of them where they are small; without val images, masks of the pool."""
+    tiles = [m for m in masks if not isinstance(m.picture, str)][:HERO_COLUMNS]
+    if seen is None:
+        return {"tiles": tiles, "many": (), "one": None, "tinted": None}
+    one = seen.typical
+    small = max(one.image.shape[:2]) < HERO_LEAST_PX
+    return {"tiles": [], "many": seen.spread if small else (), "one": one, "tinted": overlay(one.image, one.mask, classes, 0.62)}
 
 
 def trouble(run: Run) -> list[Trouble]:

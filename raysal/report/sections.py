@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -87,9 +88,9 @@ def by_class(desk: Desk) -> list[Chart]:
         iou_RC = np.stack([numbers(r.metrics.get("iou"), desk.classes) for r in done])
         names = [f"{r.number}\n({labels_of(r)})" for r in done]
         charts += desk.draw(
-            "class_iou", "Quality of each class by round",
-            "IoU is the overlap of the model's area with the expert's: 100 means the same pixels, 0 none in common; read a row from left to "
-            "right to see whether more labels helped that class (n/a: the class is in no held-out image).",
+            "class_iou", "Quality of each class by round (IoU, %)",
+            "IoU is the overlap of the model's area with the expert's: 100 means the same pixels, 0 none in common; read a row from left "
+            "to right to see whether more labels helped that class (n/a: the class is in no held-out image).",
             lambda t: figures.class_iou(names, desk.classes, colors, iou_RC, t), wide=len(done) > 7,
         )  # fmt: skip
     bought_C = bought_pixels(desk.run, len(desk.classes))
@@ -98,7 +99,7 @@ def by_class(desk: Desk) -> list[Chart]:
         images_C = bought_images(desk.run, len(desk.classes))
         charts += desk.draw(
             "class_balance", "Class balance: labels bought against the pool",
-            "A filled dot to the right of the hollow one means that experts were shown more of the class than the archive holds on average; "
+            "Where the filled dot lies right of the hollow one, experts were shown more of the class than the archive holds on average; "
             "the pool's shares are the model's own predictions, as its labels are not ours to read.",
             lambda t: figures.class_balance(desk.classes, colors, bought_C.astype(np.float64), pool_C, images_C, t),
         )  # fmt: skip
@@ -109,7 +110,7 @@ def pool_fractions(desk: Desk) -> np.ndarray | None:
     """Mean predicted share of each class over the pool, from the newest scores there are."""
     for this in reversed(desk.run.rounds):
         table = rows(desk.run, this.scores, f"rounds/{this.number:03d}/scores", ["class_fractions"])
-        found = desk.run.attempt(f"class fractions of round {this.number}", lambda table=table: mean_fractions(table, len(desk.classes)), None)
+        found = desk.run.attempt(f"class fractions of round {this.number}", partial(mean_fractions, table, len(desk.classes)), None)
         if found is not None:
             return found
     return None
@@ -119,14 +120,13 @@ def trust(desk: Desk) -> list[Chart]:
     """Confusion and calibration of the last finished round."""
     if not desk.run.finished:
         return []
-    metrics, charts = desk.run.finished[-1].metrics, []
+    metrics, charts = desk.run.finished[-1].metrics, list[Chart]()
     if metrics.get("confusion"):
-        counts_CC = desk.run.attempt("confusion matrix", lambda: np.array(metrics["confusion"], dtype=np.float64), np.zeros((0, 0)))
         charts += desk.draw(
-            "confusion", "What is taken for what",
+            "confusion", "What is taken for what (% of the expert's pixels)",
             "Each row shares out the pixels that experts gave to one class: a dark diagonal is right, a dark cell beside it is a mix-up "
             "of the row's class with the column's.",
-            lambda t: figures.confusion(desk.classes, desk.label_set.colors, counts_CC, t),
+            lambda t: figures.confusion(desk.classes, desk.label_set.colors, np.array(metrics["confusion"], dtype=np.float64), t),
         )  # fmt: skip
     calibration = mapping(metrics.get("calibration"))
     if calibration.get("pixels"):
@@ -135,8 +135,8 @@ def trust(desk: Desk) -> list[Chart]:
         )
         charts += desk.draw(
             "reliability", "Can its confidence be believed?",
-            "Where the model says 80 % sure, the dots show how often it is right; on the dashed line the two agree. The bars below show how "
-            "many pixels each confidence stands for.",
+            "Where the model says 80 % sure, the dots show how often it is right; on the dashed line the two agree. The bars below show "
+            "how many pixels each confidence stands for.",
             lambda t: figures.reliability(np.nan_to_num(pixels_B), accuracy_B, confidence_B, number(calibration.get("ece")), t),
         )  # fmt: skip
     return charts
@@ -162,7 +162,7 @@ def training(desk: Desk) -> list[Chart]:
     if np.isfinite(agreement_TC).any():
         charts += desk.draw(
             "agreement", f"Agreement of the two branches, round {last.number}",
-            "Of the pixels that one branch gives to a class, the share on which the other agrees, while training goes on from left to right; "
+            "Of the pixels that one branch gives to a class, the share on which the other agrees, while training goes from left to right; "
             "rows that stay pale are classes on which the branches can't teach each other yet.",
             lambda t: figures.agreement(steps_T, desk.classes, desk.label_set.colors, agreement_TC, t),
         )  # fmt: skip
@@ -211,3 +211,12 @@ def effort(desk: Desk) -> list[Chart]:
             lambda t: figures.throughput(list(speed), np.array(list(speed.values())), t),
         )  # fmt: skip
     return charts
+
+
+SECTIONS: dict[str, Callable[[Desk], list[Chart]]] = {
+    "learning": learning,
+    "by_class": by_class,
+    "trust": trust,
+    "training": training,
+    "effort": effort,
+}

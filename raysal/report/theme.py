@@ -6,13 +6,15 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.transforms import blended_transform_factory
+from matplotlib.transforms import blended_transform_factory, offset_copy
+from matplotlib.typing import ColorType
 
 DPI = 160
 FULL, HALF = 10.4, 5.1
@@ -53,9 +55,9 @@ DARK = Theme(
 THEMES = (LIGHT, DARK)
 
 
-def figure(theme: Theme, width: float, height: float) -> Figure:
+def figure(theme: Theme, width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """An empty figure of the theme; drawn by Agg, so no display and no global state."""
-    fig = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.card, layout="constrained")
+    fig = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.card, layout=layout)
     FigureCanvasAgg(fig)
     return fig
 
@@ -83,23 +85,23 @@ def plain(text: object, most: int = 24) -> str:
     return clean.replace("$", r"\$")
 
 
-def class_ticks(ax: Axes, theme: Theme, classes: Sequence[str], colors: Sequence[tuple[int, int, int]], chip_x: float) -> None:
-    """Names the rows 0..n-1 of axes by class, each with a chip of its colour left of the axes (chip_x in axes units)."""
+def class_ticks(ax: Axes, theme: Theme, classes: Sequence[str], colors: Sequence[tuple[int, int, int]]) -> None:
+    """Names the rows 0..n-1 of axes by class, each with a chip of its colour between name and axes."""
     ax.set_yticks(range(len(classes)), [plain(c, 18) for c in classes])
-    ax.tick_params(axis="y", pad=15)
-    where = blended_transform_factory(ax.transAxes, ax.transData)
+    ax.tick_params(axis="y", pad=19)
+    where = offset_copy(blended_transform_factory(ax.transAxes, ax.transData), ax.get_figure(root=True), x=-10, units="points")
     for i, rgb in enumerate(colors):
         ax.plot(
-            [chip_x], [i], marker="s", markersize=7.5, color=tuple(v / 255 for v in rgb), markeredgecolor=theme.muted,
+            [0], [i], marker="s", markersize=7.5, color=tuple(v / 255 for v in rgb), markeredgecolor=theme.muted,
             markeredgewidth=0.6, transform=where, clip_on=False, linestyle="none",
         )  # fmt: skip
 
 
-def readable_on(color: tuple[float, ...] | str) -> str:
+def readable_on(color: ColorType) -> str:
     """Black or white, whichever reads on the colour (relative luminance of WCAG 2)."""
-    rgb = np.array(to_rgb(color))
+    rgb = np.asarray(to_rgb(color), dtype=np.float64)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return "#ffffff" if float(linear @ [0.2126, 0.7152, 0.0722]) < 0.179 * 1.6 else "#111111"
+    return "#ffffff" if float(linear @ [0.2126, 0.7152, 0.0722]) < 0.2 else "#111111"
 
 
 def png(fig: Figure) -> bytes:

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.dataset
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
+from raysal import errors
 from raysal.archive.uris import absolute, is_local, join, list_names, open_fs, remove_tree, write_bytes
 from raysal.cluster import score_actors
 from raysal.config import Config
@@ -150,6 +151,8 @@ def _stream(
         batches: Any = iter(receipts.iter_batches(batch_size=None, batch_format="pyarrow"))
         with contextlib.closing(batches):
             for receipt in (row for batch in batches for row in batch.to_pylist()):
+                if "error" in receipt:
+                    raise getattr(errors, receipt["error"], RaysalError)(receipt["message"])
                 if receipt["shard"] in shards:
                     raise InputError("the manifest names the same images twice; index the archive again so that each image is one row")
                 shards.add(receipt["shard"])
@@ -221,11 +224,12 @@ def _own_context() -> Iterator[None]:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False  # on_progress draws them
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # not a wrapper that loses its cause on the way
     context.execution_no_progress_timeout_s = -1  # a block of large images on a slow machine may take any time
     console = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
     levels = [h.level for h in console]
     for handler in console:
-        handler.setLevel(logging.ERROR)
+        handler.setLevel(logging.CRITICAL)  # errors are raised; its log file keeps them all
     try:
         with DataContext.current(context):
             yield
@@ -236,17 +240,15 @@ def _own_context() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_raysal_errors() -> Iterator[None]:
-    """What an actor raises arrives wrapped in Ray's errors and tracebacks; the user gets the reason."""
+    """What nobody foresaw arrives wrapped in Ray's errors and tracebacks; the user gets the reason in one line, the rest as cause."""
     try:
         yield
     except RayError as error:
-        reason: BaseException = error
-        while cause := getattr(reason, "cause", None) or reason.__cause__:
-            reason = cause
-        if isinstance(reason, RaysalError):
-            raise type(reason)(str(reason)) from error
-        lines = [line for line in str(reason).splitlines() if line.strip()]
-        raise RaysalError(f"the run broke down: {type(reason).__name__}: {lines[-1] if lines else ''}") from error
+        reason = getattr(error, "cause", None) or error
+        lines = [line for line in str(reason).splitlines() if line.strip()] or [""]
+        # Ray adds advice below an error's text, but puts a traceback above the reason why an actor could not start.
+        line = lines[-1] if isinstance(reason, ActorDiedError) else f"{type(reason).__name__}: {lines[0]}"
+        raise RaysalError(f"the run broke down: {line}; mend that and run the same command again") from error
 
 
 def _cores() -> int:

@@ -132,7 +132,8 @@ def embed(features_BD: Tensor, dim: int) -> np.ndarray:
     own = f_BD.shape[1]
     if own > dim:
         # RandomState: its stream is frozen for ever, that of newer generators may change with numpy.
-        f_BD = f_BD @ np.random.RandomState(PROJECTION_SEED).standard_normal((own, dim)).astype(np.float32)
+        matrix_DE = np.random.RandomState(PROJECTION_SEED).standard_normal((own, dim)).astype(np.float32)
+        f_BD = np.stack([f_D @ matrix_DE for f_D in f_BD])  # row by row: the last bits of a product of matrices follow the batch
     else:
         f_BD = np.pad(f_BD, ((0, 0), (0, dim - own)))
     return (f_BD / np.maximum(np.linalg.norm(f_BD, axis=1, keepdims=True), 1e-12)).astype(np.float16)

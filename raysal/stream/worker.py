@@ -21,7 +21,7 @@ from raysal.archive.tables import write_table
 from raysal.archive.uris import fetch_image, join, read_bytes, remove_tree, write_bytes
 from raysal.config import Config
 from raysal.datasets.base import read_valid
-from raysal.errors import CheckpointError, ImageError
+from raysal.errors import CheckpointError, ImageError, RaysalError
 from raysal.images.decode import decode_image
 from raysal.model.runtime import Predictor
 
@@ -104,22 +104,31 @@ class PoolWorker:
 
     Args:
         task: What to do; the model is loaded once.
-
-    Raises:
-        CheckpointError: The checkpoint can't be used, or is no longer the one that the run began with.
     """
 
     def __init__(self, task: Task) -> None:
-        # Ray sets OMP_NUM_THREADS to the logical CPUs of an actor, which are a share for scheduling, not the cores it may use.
-        torch.set_num_threads(task.threads)
         self.task, self.cfg = task, task.cfg
-        self.predictor = Predictor.load(task.checkpoint_uri, task.device)
-        if self.predictor.digest != task.model_digest:
-            raise CheckpointError(
-                f"{task.checkpoint_uri}: the checkpoint changed while the run went on (digest {self.predictor.digest[:12]}, "
-                f"at the start {task.model_digest[:12]}); run again, and train into another folder meanwhile"
-            )
         self._readers = ThreadPoolExecutor(READERS, "read")
+        self._refusal: RaysalError | None = None
+        try:
+            self.start()
+        except RaysalError as error:
+            self._refusal = error  # goes with the first receipt; raised here, it would only make Ray try again
+
+    def start(self) -> None:
+        """Loads the model.
+
+        Raises:
+            CheckpointError: The checkpoint can't be used, or is no longer the one that the run began with.
+        """
+        # Ray sets OMP_NUM_THREADS to the logical CPUs of an actor, which are a share for scheduling, not the cores it may use.
+        torch.set_num_threads(self.task.threads)
+        self.predictor = Predictor.load(self.task.checkpoint_uri, self.task.device)
+        if self.predictor.digest != self.task.model_digest:
+            raise CheckpointError(
+                f"{self.task.checkpoint_uri}: the checkpoint changed while the run went on (digest {self.predictor.digest[:12]}, "
+                f"at the start {self.task.model_digest[:12]}); run again, and train into another folder meanwhile"
+            )
 
     def rows(self, pictures: Sequence[Picture]) -> list[Row]:
         """The output rows of images of one size, in order, without the columns that every row has."""
@@ -136,8 +145,19 @@ class PoolWorker:
             block: Columns id, uri and perhaps exclude.
 
         Returns:
-            One row: the shard's name, and how many rows it has of each status.
+            One row: the shard's name, and how many rows it has of each status; or what is wrong with the run, by the name of
+            its error and its message, as exceptions change their text on their way through Ray.
         """
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            shard, counts = self._shard(block)
+        except RaysalError as error:
+            return pa.table({"error": [type(error).__name__], "message": [str(error)]})
+        return pa.table({"shard": [shard], **{status: [counts[status]] for status in STATUSES}})
+
+    def _shard(self, block: pa.Table) -> tuple[str, Counter[str]]:
+        """Writes the rows of a block; their file and their number by status."""
         columns = block.to_pydict()
         exclude = columns.get("exclude") or [None] * len(columns["id"])
         sources = [Source(i, uri, tuple(e or ())) for i, uri, e in zip(columns["id"], columns["uri"], exclude, strict=True)]
@@ -147,8 +167,7 @@ class PoolWorker:
             common = self.common()
             table = pa.Table.from_pylist([{**common, **row} for row in found], schema=self.task.schema)
             write_table(join(self.task.out_uri, shard), table)
-        counts = Counter(row["status"] for row in found)
-        return pa.table({"shard": [shard], **{status: [counts[status]] for status in STATUSES}})
+        return shard, Counter(row["status"] for row in found)
 
     def _work(self, sources: Sequence[Source]) -> list[Row]:
         """A row for each source, in order. Images of one size run together; reading goes on while the network works."""

@@ -32,7 +32,12 @@ class Log:
         if self._board is not None and "step" in record:
             for name, value in _numbers(record):
                 self._board.add_scalar(name, value, record["step"])
-            self._board.flush()
+
+    def close(self) -> None:
+        """Writes out what TensorBoard's writer still holds."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
 
 
 def read_log(folder: str) -> list[dict]:

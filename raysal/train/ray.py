@@ -119,7 +119,10 @@ def _worker(config: dict) -> None:
     plan: Plan = ray.get(config["plan"])
     session = (LocalSession if plan.cfg.compute.train_workers == 0 else RaySession)(plan, config["folder"])
     torch.set_num_threads(_threads(plan.cfg, session))
-    train(plan, session)
+    try:
+        train(plan, session)
+    finally:
+        session.close()
 
 
 def _threads(cfg: Config, session: RaySession) -> int:
@@ -173,6 +176,9 @@ class RaySession:
         if first_step is not None:
             self._log.start(first_step)
         self._log.add(record)
+
+    def close(self) -> None:
+        self._log.close()
 
 
 class LocalSession(RaySession):

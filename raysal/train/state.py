@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -46,7 +47,7 @@ def load_state(folder: Path, student: nn.Module | None, optimizer: torch.optim.O
         tensors = load_file(folder / "state.safetensors", device=str(device))
         if student is not None:
             student.load_state_dict({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")})
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: training state can't be read ({error}); delete the run's train folder to start over") from error
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():

@@ -95,6 +95,7 @@ class Fabricator:
         put(self.folder(n) / "stages" / f"{name}.json", marker)
 
     def choose(self, n: int) -> list[Item]:
+        rows: list[dict]
         if n == 0:
             rows = [
                 {"id": i.id, "uri": i.image, "strategy": "cold start: random", "score": None, "reasons": []}
@@ -163,10 +164,10 @@ class Fabricator:
             prediction = predictor.predict([self.dataset.image(item)])
             mask = prediction.masks[0].copy()
             mask[:4] = IGNORE
-            rows.append(
-                {"id": item.id, "uri": item.image, "status": "ok", "width": mask.shape[1], "height": mask.shape[0], "mask_png": encode_mask(mask),
-                 "confidence": float(prediction.confidence.mean()), "abstained": float((mask == IGNORE).mean())}
-            )  # fmt: skip
+            height, width = mask.shape
+            sure, open_ = float(prediction.confidence.mean()), float((mask == IGNORE).mean())
+            row = {"id": item.id, "uri": item.image, "status": "ok", "width": width, "height": height, "mask_png": encode_mask(mask)}
+            rows.append(row | {"confidence": sure, "abstained": open_})
         half = len(rows) // 2
         for i, part in enumerate((rows[:half], rows[half:])):
             write_table(str(self.run / "labels" / f"part-{i}.parquet"), pa.Table.from_pylist(part, schema=labels_schema()))
@@ -179,7 +180,17 @@ def made_up_log(n: int) -> list[dict]:
     for step in range(5, 105, 5):
         fall = math.exp(-step / 60) + 0.05 * rng.random()
         agreement = {c: round(float(rng.random()), 3) for c in CLASSES[:7]}
-        lines.append({"step": step, "loss": 3 * fall, "sup1": fall, "sup2": 1.1 * fall, "cps": 0.6 * fall, "images_per_second": 20.0, "agreement": agreement})
+        lines.append(
+            {
+                "step": step,
+                "loss": 3 * fall,
+                "sup1": fall,
+                "sup2": 1.1 * fall,
+                "cps": 0.6 * fall,
+                "images_per_second": 20.0,
+                "agreement": agreement,
+            }
+        )
     return [*lines, {"step": 100, "eval": {"miou": 0.3}}]
 
 
@@ -247,12 +258,6 @@ def test_a_whole_run_gives_every_figure_on_the_page_and_as_a_file(whole: Path) -
     assert "could not show" not in html
 
 
-def test_nothing_was_skipped_on_a_whole_run(whole: Path) -> None:
-    run = read_run(str(whole))
-    page.render(run)
-    assert run.notes == []
-
-
 def test_the_page_needs_nothing_but_itself(whole: Path) -> None:
     seen = Page(text_of(whole))
     assert not [tag for tag, _ in seen.tags if tag in ("script", "iframe", "object", "embed", "base", "form")]
@@ -265,7 +270,9 @@ def test_the_page_needs_nothing_but_itself(whole: Path) -> None:
 
 def test_every_chart_says_how_to_read_it(whole: Path) -> None:
     seen = Page(text_of(whole))
-    charts = [a for a in seen.all("img") if any(str(a.get("alt", "")).startswith(t) for t in ("Learning curve", "Quality of", "Class balance"))]
+    charts = [
+        a for a in seen.all("img") if any(str(a.get("alt", "")).startswith(t) for t in ("Learning curve", "Quality of", "Class balance"))
+    ]
     assert len(charts) == 3
     assert all(len(str(a["alt"])) > 60 for a in charts)
     assert all(a.get("alt") for a in seen.all("img"))
@@ -288,12 +295,13 @@ def test_rows_that_are_not_ok_are_listed_with_their_reason(whole: Path) -> None:
     assert [(t.where, t.status, t.count) for t in page.trouble(read_run(str(whole)))] == [("scores of round 0", "decode", 1)]
 
 
-def test_two_reports_of_one_run_differ_only_in_their_time(whole: Path) -> None:
+def test_two_reports_of_one_run_differ_only_in_their_time_and_leave_nothing_out(whole: Path) -> None:
     def without_time(html: str) -> str:
         return re.sub(r"Written .*? UTC", "", html)
 
     run = read_run(str(whole))
     assert without_time(page.render(run)) == without_time(text_of(whole))
+    assert run.notes == []
 
 
 def test_val_images_are_ranked_by_their_own_miou(whole: Path) -> None:
@@ -349,10 +357,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, there: bool) -> None
     assert not (tmp_path / "report").exists()
 
 
-def copy_of(run: Path, to: Path) -> Path:
-    """A copy by hard links, whose files are replaced and never written into."""
+def copy_of(run: Path, to: Path, without: str) -> Path:
+    """A copy by hard links, whose files are replaced and never written into, without files of one name."""
     for source in run.rglob("*"):
-        if source.is_file() and "report" not in source.relative_to(run).parts:
+        if source.is_file() and "report" not in source.relative_to(run).parts and source.name != without:
             target = to / source.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.hardlink_to(source)
@@ -361,24 +369,26 @@ def copy_of(run: Path, to: Path) -> Path:
 
 EVERY_FILE = (
     "config.yaml", "run.json", "manifest.parquet", "data/splits.json", "rounds/001/chosen.parquet", "rounds/001/labels.parquet",
-    "rounds/001/metrics.json", "rounds/001/train/metrics.jsonl", "rounds/001/checkpoint/model.json", "rounds/001/checkpoint/model.safetensors",
-    "rounds/000/scores/part-0.parquet", "rounds/001/stages/train.json", "labels/part-0.parquet",
+    "rounds/001/metrics.json", "rounds/001/train/metrics.jsonl", "rounds/001/checkpoint/model.json",
+    "rounds/001/checkpoint/model.safetensors", "rounds/000/scores/part-0.parquet", "rounds/001/stages/train.json", "labels/part-0.parquet",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", ["missing", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "garbage"])
 @pytest.mark.parametrize("name", EVERY_FILE)
-def test_no_missing_or_damaged_file_costs_the_page(whole: Path, tmp_path: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sections, "png", lambda fig: b"")  # drawing is tested elsewhere; here 39 pages are made
-    monkeypatch.setattr(page, "png", lambda fig: b"")
-    run = copy_of(whole, tmp_path / "run")
+def test_no_missing_or_damaged_file_costs_the_page(
+    whole: Path, tmp_path: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sections.Desk, "draw", lambda *_, **__: [])  # other tests draw; 26 pages of charts would take minutes
+    monkeypatch.setattr(page, "_sheets", lambda *_: None)
+    needs_model = name.startswith(("data/", "rounds/001/checkpoint"))
+    run = copy_of(whole, tmp_path / "run", without="" if needs_model else "model.json")
     (run / name).unlink()
-    if damage != "missing":
-        (run / name).write_bytes(b"\x00\xff{[garbage" if damage == "garbage" else b"")
+    if damage == "garbage":
+        (run / name).write_bytes(b"\x00\xff{[garbage")
     html = Path(build(str(run))).read_text()
-    assert "raysal report" in html
-    reads = {"garbage": True, "empty": name.endswith((".parquet", "model.safetensors", "model.json", "splits.json"))}
-    if reads.get(damage) and not name.endswith(".jsonl"):  # a line of a log that is cut short is no news
+    assert "Where this comes from" in html
+    if damage == "garbage" and not name.endswith(".jsonl"):  # a line of a log that was cut short is no news
         assert "could not show" in html, "damage that was seen is told"
 
 
@@ -415,7 +425,9 @@ def test_text_from_files_is_never_markup(partial: Path) -> None:
     put(partial / "config.yaml", cfg.to_yaml())
     put(partial / "run.json", {EVIL: EVIL, "warnings": [EVIL]})
     put(partial / "rounds/000/stages" / "buy.json", {"seconds": 1, "outputs": {"images_per_second": 3, "warnings": [EVIL]}})
-    put(partial / "rounds/000/metrics.json", {"miou": 0.3, "labels": 4, "iou": {EVIL: 0.5}, "checkpoint_digest": EVIL, "seconds": {EVIL: 3}})
+    put(
+        partial / "rounds/000/metrics.json", {"miou": 0.3, "labels": 4, "iou": {EVIL: 0.5}, "checkpoint_digest": EVIL, "seconds": {EVIL: 3}}
+    )
     chosen = [{"rank": 1, "id": "a", "uri": f"/nowhere/{EVIL}", "strategy": EVIL, "score": 0.5, "reasons": [(EVIL, 0.5)], "round": 0}]
     write_table(str(partial / "rounds/000/chosen.parquet"), pa.Table.from_pylist(chosen, schema=queue_schema()))
     bad = [{"id": "a", "uri": EVIL, "status": EVIL, "error": EVIL}]
@@ -574,7 +586,8 @@ def test_shrinking_keeps_to_the_side_and_to_the_classes(height: int, width: int,
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.04, "0.0 s"), (5.25, "5.2 s"), (9.97, "10 s"), (59.4, "59 s"), (724, "12 min 4 s"), (12_000, "3 h 20 min"), (None, "–")]
+    ("seconds", "said"),
+    [(0.04, "0.0 s"), (5.25, "5.2 s"), (9.97, "10 s"), (59.4, "59 s"), (724, "12 min 4 s"), (12_000, "3 h 20 min"), (None, "–")],
 )
 def test_times_are_said_as_people_say_them(seconds: float | None, said: str) -> None:
     assert page.duration(seconds) == said
@@ -583,7 +596,7 @@ def test_times_are_said_as_people_say_them(seconds: float | None, said: str) -> 
 @given(st.one_of(st.none(), st.text(), st.booleans(), st.lists(st.integers()), st.floats(), st.integers(-(2**60), 2**60)))
 def test_a_number_from_a_file_is_finite_or_no_number(value: object) -> None:
     found = number(value)
-    assert math.isnan(found) or (math.isfinite(found) and found == value)
+    assert math.isnan(found) or (math.isfinite(found) and found == float(value))  # type: ignore[arg-type]
 
 
 def test_reasons_are_read_from_maps_however_they_arrive() -> None:
@@ -620,6 +633,6 @@ def test_numbers_in_cells_stand_out_from_them(rgb: tuple[int, int, int]) -> None
     def luminance(channels: np.ndarray) -> float:
         return float(np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
 
-    text = 1.0 if readable_on(tuple(v / 255 for v in rgb)) == "#ffffff" else 0.0056
+    text = 1.0 if readable_on((rgb[0] / 255, rgb[1] / 255, rgb[2] / 255)) == "#ffffff" else 0.0056
     high, low = sorted([text, luminance(np.array(rgb) / 255)], reverse=True)
-    assert (high + 0.05) / (low + 0.05) >= 3
+    assert (high + 0.05) / (low + 0.05) >= 4

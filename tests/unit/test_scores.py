@@ -12,8 +12,13 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
 
-from raysal.config import ScoreConfig
+from raysal.config import ModelConfig, ScoreConfig
+from raysal.datasets.synthetic import scene
 from raysal.errors import ConfigError
+from raysal.labels import S5MARS
+from raysal.model.checkpoint import ModelInfo
+from raysal.model.network import TwoBranch
+from raysal.model.runtime import Predictor
 from raysal.query import scores
 from raysal.query.scores import Bald, Branches, aggregate, class_fractions, entropy, log_probabilities, maps, score_images
 
@@ -254,7 +259,7 @@ def test_bald_is_aggregated_like_the_others_and_asked_for_only_with_its_map() ->
     ],
 )
 def test_decoder_resolution_ranks_images_as_full_resolution_does(how: str, names: tuple[str, ...]) -> None:
-    """Smooth random fields stand for a trained net's logits; a network itself is tested with the stream."""
+    """Smooth random fields stand for logits; a network itself follows below."""
     generator = torch.Generator().manual_seed(0)
     n, cfg = 120, ScoreConfig(scores=names, aggregate=how)  # type: ignore[arg-type]
     sharpness = torch.linspace(0.5, 4, n)[torch.randperm(n, generator=generator)].view(n, 1, 1, 1)
@@ -263,6 +268,35 @@ def test_decoder_resolution_ranks_images_as_full_resolution_does(how: str, names
     at_decoder, at_full = (score_images(*z, valid((n, 96, 96)), cfg) for z in (low, full))
     for name in names:
         assert spearmanr(at_decoder[name], at_full[name]).statistic >= 0.99, name
+
+
+@pytest.mark.slow
+def test_a_trained_network_ranks_scenes_alike_at_both_resolutions() -> None:
+    px, names = 96, ("entropy", "uncertainty", "least_confidence", "margin")
+    predictor = trained_on_scenes(px)
+    scenes = [scene(0, i, px)[0] for i in range(64)]
+    cfg = ScoreConfig(scores=names)
+    at_decoder, at_full = (score_images(*predictor.logits(scenes, r), valid((64, px, px)), cfg) for r in ("decoder", "full"))  # type: ignore[arg-type]
+    for name in names:
+        assert spearmanr(at_decoder[name], at_full[name]).statistic >= 0.99, name
+
+
+def trained_on_scenes(px: int) -> Predictor:
+    """A small net after 40 steps on 16 scenes of another planet: enough that it knows some classes and doubts others."""
+    torch.set_num_threads(1)
+    model = ModelConfig(arch="DeepLabV3Plus", encoder="tu-mobilenetv3_small_050")
+    net = TwoBranch(model, S5MARS.n_classes, seed=0).train()
+    images, masks = zip(*(scene(1, i, px) for i in range(16)), strict=True)
+    x, y = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks)).long()
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for step in range(40):
+        batch = torch.randperm(16, generator=torch.Generator().manual_seed(step))[:8]
+        z1, z2 = net(x[batch])
+        loss = functional.cross_entropy(z1, y[batch]) + functional.cross_entropy(z2, y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return Predictor(net, ModelInfo(S5MARS, model, input_scale=1.0, tile_px=px))
 
 
 def test_entropy_takes_0_log_0_as_0() -> None:

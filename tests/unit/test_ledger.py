@@ -1,0 +1,68 @@
+"""The ledger: finished stages are kept, everything else is done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raysal.archive.uris import exists, join, read_bytes
+from raysal.errors import ConfigError, InputError
+from raysal.rounds.ledger import Ledger
+from tests.helpers import tiny
+
+
+def test_a_finished_stage_is_not_done_again(root: str) -> None:
+    calls: list[str] = []
+    for _ in range(2):
+        ledger = Ledger(root)
+        assert ledger.stage(0, "buy", lambda folder: calls.append(folder) or {"labels": 3}) == {"labels": 3}
+    assert len(calls) == 1
+    assert set(ledger.seconds(0)) == {"buy"}
+
+
+def test_a_stage_that_failed_leaves_no_marker(root: str) -> None:
+    ledger = Ledger(root)
+
+    def fail(_: str) -> dict:
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        ledger.stage(0, "train", fail)
+    assert ledger.done(0, "train") is None
+    assert ledger.stage(0, "train", lambda _: {"ok": True}) == {"ok": True}
+
+
+def test_stages_are_told_as_they_begin_end_and_are_kept(root: str) -> None:
+    told: list[tuple[int, str, str]] = []
+    ledger = Ledger(root, lambda round_, name, what, seconds: told.append((round_, name, what)))
+    for _ in range(2):
+        ledger.stage(1, "score", lambda _: {})
+    assert told == [(1, "score", "start"), (1, "score", "done"), (1, "score", "kept")]
+
+
+def test_a_run_keeps_its_configuration_and_refuses_another(root: str) -> None:
+    ledger = Ledger(root)
+    ledger.open(tiny(root))
+    ledger.open(tiny(root, compute={"train_workers": 2}))  # where work runs may change
+    ledger.open(tiny(root, loop={"rounds": 3}))  # how far to go may change
+    with pytest.raises(ConfigError, match=r"train\.steps: was 12, now 13"):
+        ledger.open(tiny(root, loop={"rounds": 3}, train={"steps": 13}))
+    assert json.loads(read_bytes(join(root, "run.json")))["raysal_version"]
+
+
+def test_a_damaged_marker_names_the_file_and_the_fix(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    ledger.stage(0, "buy", lambda _: {})
+    marker = tmp_path / "rounds" / "000" / "stages" / "buy.json"
+    marker.write_text("{")
+    with pytest.raises(InputError, match=r"buy\.json: damaged .*delete this file"):
+        ledger.done(0, "buy")
+
+
+def test_only_one_process_works_on_a_run(tmp_path: Path) -> None:
+    with Ledger(str(tmp_path)).lock(), pytest.raises(InputError, match="another process is at work"), Ledger(str(tmp_path)).lock():
+        pass
+    with Ledger(str(tmp_path)).lock():
+        assert exists(str(tmp_path / ".lock"))
