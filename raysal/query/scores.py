@@ -72,9 +72,19 @@ class Branches:
         logp1, logp2 = self.logp
         return (self.Hm - (entropy(logp1) + entropy(logp2)) / 2).clamp(0, LN2)
 
-    @cached_property
+    @property
+    def E(self) -> Tensor:
+        """Entropy of the mean prediction, Hm / ln C: float32 [B, h, w] in [0, 1]."""
+        return (self.Hm / math.log(self.classes)).clamp(0, 1)
+
+    @property
+    def U(self) -> Tensor:
+        """Divergence of the branches, JSD / ln 2: float32 [B, h, w] in [0, 1]."""
+        return self.JSD / LN2
+
+    @property
     def differ(self) -> Tensor:
-        """1 where the branches name different classes: float32 [B, h, w]."""
+        """1[argmax z_1 != argmax z_2]: float32 [B, h, w]."""
         return (self.z1_BChw.argmax(1) != self.z2_BChw.argmax(1)).float()
 
 
@@ -88,43 +98,14 @@ def entropy(logp_BChw: Tensor) -> Tensor:
     return -(logp_BChw.exp() * logp_BChw.clamp_min(LOG_FLOOR)).sum(1)
 
 
-def _entropy(b: Branches) -> Tensor:
-    return (b.Hm / math.log(b.classes)).clamp(0, 1)
-
-
-def _uncertainty(b: Branches) -> Tensor:
-    return b.JSD / LN2
-
-
-def _least_confidence(b: Branches) -> Tensor:
-    return (1 - b.pm.amax(1)).clamp(0, 1)
-
-
-def _margin(b: Branches) -> Tensor:
-    first, second = b.pm.topk(2, dim=1).values.unbind(1)
-    return (1 - (first - second)).clamp(0, 1)
-
-
-def _disagreement(b: Branches) -> Tensor:
-    return b.differ
-
-
-def _ueq_pixel(b: Branches) -> Tensor:
-    return b.alpha * _uncertainty(b) + (1 - b.alpha) * _entropy(b)
-
-
-def _ueq_gated(b: Branches) -> Tensor:
-    return _entropy(b) * b.differ
-
-
 MAPS: dict[str, Callable[[Branches], Tensor]] = {
-    "entropy": _entropy,  # Hm / ln C
-    "uncertainty": _uncertainty,  # JSD / ln 2
-    "least_confidence": _least_confidence,  # 1 - max_c pm
-    "margin": _margin,  # 1 - (pm_(1) - pm_(2))
-    "disagreement": _disagreement,  # 1[argmax z_1 != argmax z_2]
-    "ueq_pixel": _ueq_pixel,  # a JSD / ln 2 + (1 - a) Hm / ln C
-    "ueq_gated": _ueq_gated,  # Hm / ln C where the branches name different classes
+    "entropy": lambda b: b.E,
+    "uncertainty": lambda b: b.U,
+    "least_confidence": lambda b: (1 - b.pm.amax(1)).clamp(0, 1),
+    "margin": lambda b: (1 + b.pm.topk(2, dim=1).values.diff(dim=1)[:, 0]).clamp(0, 1),  # 1 - (pm_(1) - pm_(2))
+    "disagreement": lambda b: b.differ,
+    "ueq_pixel": lambda b: b.alpha * b.U + (1 - b.alpha) * b.E,
+    "ueq_gated": lambda b: b.E * b.differ,
 }
 """Pixel maps a(x) in [0, 1]; higher means more worth labelling."""
 
@@ -143,7 +124,7 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: A name is no score column; the nearest valid one is given.
     """
-    known = (*MAPS, "bald")
+    names, known = tuple(dict.fromkeys(names)), (*MAPS, "bald")
     for name in names:
         if name in FROM_COLUMNS:
             needs = ", ".join(FROM_COLUMNS[name]) or "no column"
@@ -152,7 +133,7 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"valid scores: {', '.join(known)}"
             raise ConfigError(f"score.scores: unknown score {name!r}; {hint}")
-    return tuple(dict.fromkeys(names))
+    return names
 
 
 def needed_columns(strategy: str) -> tuple[str, ...]:

@@ -172,10 +172,6 @@ def _check(ids: np.ndarray, scores: np.ndarray, budget: int, cfg: QueryConfig) -
         raise InputError(f"query.batch={cfg.batch} needs scores of 0 and more, got {scores.min():g}; use topk or kcenter")
 
 
-def _topk(pool: _Pool, budget: int) -> list[int]:
-    return _first(pool, _ranking(pool.scores), budget)
-
-
 def _power(pool: _Pool, budget: int) -> list[int]:
     """Keys log s + Gumbel(0, 1) / T; the top b are drawn without replacement with p ~ s^T (Kirsch et al., 2023)."""
     gumbel = -np.log(-np.log(hash01(pool.seed, pool.ids, "power")))
@@ -199,7 +195,12 @@ def _product(pool: _Pool, budget: int) -> list[int]:
     return _greedy(pool, _ranking(pool.scores), budget, lambda scores, nearest: scores**pool.cfg.product_strength * nearest)
 
 
-BATCHES = {"topk": _topk, "kcenter": _kcenter, "product": _product, "power": _power}
+BATCHES = {
+    "topk": lambda pool, budget: _first(pool, _ranking(pool.scores), budget),
+    "kcenter": _kcenter,
+    "product": _product,
+    "power": _power,
+}
 """How a ranking becomes a batch, by ``query.batch``."""
 
 
@@ -288,10 +289,8 @@ def _codes(groups: Sequence[str] | np.ndarray | None, by_id: np.ndarray) -> np.n
         return None
     if len(groups) != len(by_id):
         raise InputError(f"{len(by_id)} images but {len(groups)} groups; give one group a row, empty where unknown")
-    names = np.array([str(g) if g else "" for g in groups])
-    unique, codes = np.unique(names, return_inverse=True)
-    codes = codes.reshape(-1)
-    return (np.where(unique[codes] == "", -1, codes) if len(names) else codes)[by_id]
+    codes: dict[str, int] = {}
+    return np.array([codes.setdefault(str(g), len(codes)) if g else -1 for g in groups], dtype=np.int64)[by_id]
 
 
 def _column(table: Mapping[str, np.ndarray], name: str, rows: int, strategy: str) -> np.ndarray:

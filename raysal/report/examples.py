@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -30,8 +30,10 @@ VAL_IMAGES = 48
 VAL_PIXELS = 24_000_000
 """Most pixels that go through the network for the same purpose, so that a report stays a matter of minutes on a CPU."""
 
-AT_LEAST = 8
-BATCH = 8
+AT_LEAST = 4
+BATCH_PIXELS = 4_000_000
+"""Pixels per forward pass: a pass holds the probabilities of every class for each of them."""
+
 SHOWN = 4
 SPREAD = 6
 TILE_PX = 256
@@ -121,13 +123,12 @@ def _sample(items: Sequence[Item], cfg: Config, dataset: Dataset) -> list[Item]:
 
 
 def _look(run: Run, dataset: Dataset, items: Sequence[Item], predictor: Predictor) -> Iterator[Example]:
-    """Every item that can be read and masked; reasons why others can't become notes."""
-    pixels = [(item, run.attempt(f"val image {item.name}", partial(_read, dataset, item), None)) for item in items]
-    found = [(item, *pair) for item, pair in pixels if pair]
-    for _, group in groupby(found, key=lambda row: row[1].shape):
-        same_size = list(group)
-        for start in range(0, len(same_size), BATCH):
-            batch = same_size[start : start + BATCH]
+    """Every item that can be read and masked; reasons why others can't become notes. Few images are in memory at a time."""
+    pixels = ((item, run.attempt(f"val image {item.name}", partial(_read, dataset, item), None)) for item in items)
+    found = ((item, *pair) for item, pair in pixels if pair)
+    for (height, width, _), group in groupby(found, key=lambda row: row[1].shape):
+        n = max(1, BATCH_PIXELS // (height * width))
+        while batch := list(islice(group, n)):
             masks: list[np.ndarray] = run.attempt("masks of val images", partial(_masks, predictor, [image for _, image, _ in batch]), [])
             for (item, image_HWC, truth_HW), mask_HW in zip(batch, masks, strict=False):
                 value = miou(confusion(mask_HW, truth_HW, dataset.label_set.n_classes))

@@ -25,7 +25,7 @@ def learning_curve(labels_R: np.ndarray, miou_R: np.ndarray, pool: int | None, f
     percent_R = miou_R * 100
     ax.plot(labels_R, percent_R, color=theme.accent, linewidth=2.4, marker="o", markersize=7, markeredgecolor=theme.card, zorder=3)
     for x, y in zip(labels_R, percent_R, strict=True):
-        ax.annotate(f"{y:.1f}", (x, y), (0, 9), textcoords="offset points", ha="center", color=theme.ink, fontsize=9.5, weight="bold")
+        ax.annotate(f"{y:.1f}", (x, y), (-5, 8), textcoords="offset points", ha="center", color=theme.ink, fontsize=9.5, weight="bold")
     low, high = float(np.nanmin(percent_R)), float(np.nanmax(percent_R))
     if full_miou:
         full = full_miou * 100
@@ -134,14 +134,23 @@ def reliability(counts_B: np.ndarray, accuracy_B: np.ndarray, confidence_B: np.n
 
 
 def class_balance(
-    classes: Sequence[str], colors: Sequence[Rgb], bought_C: np.ndarray, pool_C: np.ndarray | None, images_C: np.ndarray, theme: Theme
+    classes: Sequence[str],
+    colors: Sequence[Rgb],
+    bought_C: np.ndarray,
+    pool_C: np.ndarray | None,
+    images_C: np.ndarray,
+    theme: Theme,
+    wide: bool,
 ) -> Figure:
     """Share of each class (percent, log axis) in the masks bought and, as predicted, in the pool.
 
     Args:
-        bought_C: Pixels bought, any unit; pool_C: predicted share in the pool, or None; images_C: bought images with the class, or NaN.
+        classes, colors: Of the label set.
+        bought_C: Pixels bought, in any unit; images_C: bought images that hold the class, or NaN.
+        pool_C: Predicted share in the pool, in 0..1, or None.
+        theme, wide: How it looks; wide is over the page's whole width.
     """
-    fig = figure(theme, HALF, _class_height(classes))
+    fig = figure(theme, FULL if wide else HALF, _class_height(classes))
     ax = dress(fig.subplots(), theme, grid="x")
     floor = 0.01  # percent; the log axis has no place for zero
     y = np.arange(len(classes))
@@ -269,28 +278,4 @@ def throughput(stages: Sequence[str], rates_S: np.ndarray, theme: Theme) -> Figu
     ax.set_ylim(len(stages) - 0.4, -0.6)
     ax.margins(x=0.12)
     ax.set_xlabel("images per second")
-    return fig
-
-
-def sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int, theme: Theme, headings: Sequence[str] = ()) -> Figure:
-    """A contact sheet of pictures uint8 [H, W, 3], each under a line of text; headings stand over the columns."""
-    rows, top, side, text = -(-len(tiles) // columns), 0.4 if headings else 0.1, FULL / columns, 0.24
-    height = top + rows * (side + text)
-    fig = figure(theme, FULL, height, layout=None)
-    for column, heading in enumerate(headings):
-        fig.text((column + 0.02) / columns, 1 - 0.2 / height, plain(heading), fontsize=10, weight="bold", color=theme.ink, va="center")
-    for i, (picture, line) in enumerate(tiles):
-        row, column = divmod(i, columns)
-        bottom = height - top - (row + 1) * (side + text)
-        ax = fig.add_axes((column / columns + 0.004, bottom / height, 1 / columns - 0.008, side / height - 0.004))
-        ax.imshow(picture)
-        ax.set_axis_off()
-        fig.text(
-            (column + 0.02) / columns,
-            (bottom + side + text / 2) / height,
-            plain(line, 160 // columns),
-            fontsize=8.5,
-            color=theme.muted,
-            va="center",
-        )
     return fig

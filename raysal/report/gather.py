@@ -26,6 +26,9 @@ T = TypeVar("T")
 U = TypeVar("U")
 Json = dict[str, Any]
 
+STAGES = ("choose", "buy", "train", "score", "final", "label")
+"""The order of a round's stages."""
+
 STAND_IN_COLORS = (
     (0, 114, 178),
     (230, 159, 0),
@@ -108,7 +111,8 @@ class Run:
         try:
             return work()
         except Exception as error:  # whatever a half-written run can do to a reader ends up as a sentence on the page
-            self.notes.append(f"{what}: {type(error).__name__}: {str(error)[:300]}")
+            note = f"{what}: {type(error).__name__}: {str(error)[:300]}"
+            self.notes += [note] if note not in self.notes else []
             return otherwise
 
 
@@ -116,7 +120,10 @@ def number(value: object) -> float:
     """A finite float, or NaN for anything else (null, text, infinity)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         return math.nan
-    return float(value) if math.isfinite(value) else math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # JSON's integers have no end
+        return math.nan
 
 
 def mapping(value: object) -> Json:
@@ -226,7 +233,8 @@ def _or_last(value: object) -> float:
 def _stages(run: Run, uri: str, what: str) -> dict[str, Json]:
     names = [name for name in list_names(uri) if name.endswith(".json")]
     found = {name.removesuffix(".json"): _json(run, join(uri, name), f"{what}/{name}") for name in names}
-    return dict(sorted(found.items(), key=lambda pair: str(pair[1].get("finished_at", ""))))
+    rank = {name: i for i, name in enumerate(STAGES)}  # markers count whole seconds, and quick stages share one
+    return dict(sorted(found.items(), key=lambda pair: (str(pair[1].get("finished_at", "")), rank.get(pair[0], len(rank)))))
 
 
 def _text(uri: str) -> str:

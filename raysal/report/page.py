@@ -9,7 +9,6 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -17,13 +16,13 @@ import raysal
 from raysal.archive.uris import absolute, exists, join, write_bytes
 from raysal.errors import InputError
 from raysal.labels import LabelSet
-from raysal.report import figures
-from raysal.report.asked import Labeled, Request, pool_masks, requests
-from raysal.report.examples import Example, Examples, examples
+from raysal.report.asked import Labeled, pool_masks, requests
+from raysal.report.examples import Examples, examples
+from raysal.report.gallery import write_sheets
 from raysal.report.gather import Run, label_set, mapping, number, read_run, rows
-from raysal.report.pictures import Limits, heat, jpeg_uri, mask_uri, overlay, shrink
+from raysal.report.pictures import Limits, heat, jpeg_uri, mask_uri, overlay
 from raysal.report.sections import SECTIONS, Desk, full_miou, labels_of, rates, times
-from raysal.report.theme import LIGHT, png
+from raysal.report.words import duration, percent, significant
 
 REASONS_SHOWN = 5
 HERO_LEAST_PX = 380
@@ -89,7 +88,7 @@ def render(run: Run) -> str:
         "facts": facts(run),
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    _sheets(desk, seen, asked, masks)
+    write_sheets(desk, seen, asked, masks)
     return environment(classes).get_template("page.html.j2").render(context).lstrip()
 
 
@@ -109,29 +108,6 @@ def environment(classes: LabelSet) -> Environment:
         is_text=lambda value: isinstance(value, str),
     )
     return env
-
-
-def percent(value: object, digits: int = 1) -> str:
-    """0.61234 -> "61.2 %"; a dash where there is no number."""
-    n = number(value)
-    return "–" if math.isnan(n) else f"{100 * n:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def significant(value: object) -> str:
-    """Three significant figures; a dash where there is no number."""
-    n = number(value)
-    return "–" if math.isnan(n) else f"{n:.3g}"
-
-
-def duration(seconds: object) -> str:
-    """A time as people say it: "42 s", "12 min 4 s", "3 h 20 min"."""
-    n = number(seconds)
-    if math.isnan(n):
-        return "–"
-    if n < 60:
-        return f"{n:.0f} s" if n >= 9.95 else f"{n:.1f} s"
-    minutes, rest = divmod(round(n), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def headline(run: Run, classes: LabelSet) -> dict[str, Any]:
@@ -245,28 +221,3 @@ def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif isinstance(value, (str, int, float)) and key != "config_digest":
             found.append((f"{prefix}{key}".replace("_", " "), str(value)))
     return found[:40]
-
-
-def _sheets(desk: Desk, seen: Examples | None, asked: list[Request], masks: list[Labeled]) -> None:
-    """The page's picture galleries as PNG files too, for slides."""
-
-    def write(name: str, tiles: list[tuple[np.ndarray, str]], columns: int, headings: tuple[str, ...] = ()) -> None:
-        if tiles:
-            uri = join(desk.folder, f"{name}.png")
-            desk.run.attempt(uri, lambda: write_bytes(uri, png(figures.sheet(tiles, columns, LIGHT, headings))), None)
-
-    for name, rows_ in (("best", seen.best), ("worst", seen.worst)) if seen else ():
-        tiles = [tile for e in rows_ for tile in _strip(e, desk.label_set, seen.top if seen else 1)]
-        write(f"val_{name}", tiles, 4, ("image", "expert's truth", "model's mask", "uncertainty"))
-    for request in asked:
-        write(
-            f"asked_round_{request.round:03d}",
-            [(i.picture, f"#{i.rank}  {significant(i.score)}") for i in request.images if not isinstance(i.picture, str)], 6,
-        )  # fmt: skip
-    write("pool_masks", [(m.picture, m.name) for m in masks if not isinstance(m.picture, str)], 6)
-
-
-def _strip(example: Example, classes: LabelSet, top: float) -> list[tuple[np.ndarray, str]]:
-    drawn = heat(example.uncertainty, top) if example.uncertainty is not None else shrink(example.image, 1)
-    name = f"{example.item.name}: {percent(example.miou)}"
-    return [(example.image, name), (classes.colorize(example.truth), ""), (classes.colorize(example.mask), ""), (drawn, "")]

@@ -84,6 +84,7 @@ def by_class(desk: Desk) -> list[Chart]:
     """IoU of each class by round, and what share of the labels each class got."""
     done, colors = desk.run.finished, desk.label_set.colors
     charts: list[Chart] = []
+    wide = len(done) > 7
     if done:
         iou_RC = np.stack([numbers(r.metrics.get("iou"), desk.classes) for r in done])
         names = [f"{r.number}\n({labels_of(r)})" for r in done]
@@ -91,17 +92,21 @@ def by_class(desk: Desk) -> list[Chart]:
             "class_iou", "Quality of each class by round (IoU, %)",
             "IoU is the overlap of the model's area with the expert's: 100 means the same pixels, 0 none in common; read a row from left "
             "to right to see whether more labels helped that class (n/a: the class is in no held-out image).",
-            lambda t: figures.class_iou(names, desk.classes, colors, iou_RC, t), wide=len(done) > 7,
+            lambda t: figures.class_iou(names, desk.classes, colors, iou_RC, t), wide=wide,
         )  # fmt: skip
     bought_C = bought_pixels(desk.run, len(desk.classes))
     if bought_C.any():
         pool_C = pool_fractions(desk)
         images_C = bought_images(desk.run, len(desk.classes))
+        caption = "A dot is the share of labelled pixels that experts gave to the class, beside the number of images that show it."
+        if pool_C is not None:
+            caption = (
+                "Where the filled dot lies right of the hollow one, experts were shown more of the class than the archive holds on "
+                "average; the pool's shares are the model's own predictions, as its labels are not ours to read."
+            )
         charts += desk.draw(
-            "class_balance", "Class balance: labels bought against the pool",
-            "Where the filled dot lies right of the hollow one, experts were shown more of the class than the archive holds on average; "
-            "the pool's shares are the model's own predictions, as its labels are not ours to read.",
-            lambda t: figures.class_balance(desk.classes, colors, bought_C.astype(np.float64), pool_C, images_C, t),
+            "class_balance", "Class balance of the labels bought" + ("" if pool_C is None else ", against the pool"), caption,
+            lambda t: figures.class_balance(desk.classes, colors, bought_C.astype(np.float64), pool_C, images_C, t, wide), wide=wide,
         )  # fmt: skip
     return charts
 
@@ -124,7 +129,7 @@ def trust(desk: Desk) -> list[Chart]:
     if metrics.get("confusion"):
         charts += desk.draw(
             "confusion", "What is taken for what (% of the expert's pixels)",
-            "Each row shares out the pixels that experts gave to one class: a dark diagonal is right, a dark cell beside it is a mix-up "
+            "Each row shares out the pixels that experts gave to one class: a strong diagonal is right, a strong cell off it is a mix-up "
             "of the row's class with the column's.",
             lambda t: figures.confusion(desk.classes, desk.label_set.colors, np.array(metrics["confusion"], dtype=np.float64), t),
         )  # fmt: skip
@@ -163,7 +168,7 @@ def training(desk: Desk) -> list[Chart]:
         charts += desk.draw(
             "agreement", f"Agreement of the two branches, round {last.number}",
             "Of the pixels that one branch gives to a class, the share on which the other agrees, while training goes from left to right; "
-            "rows that stay pale are classes on which the branches can't teach each other yet.",
+            "rows that stay faint are classes on which the branches can't teach each other yet.",
             lambda t: figures.agreement(steps_T, desk.classes, desk.label_set.colors, agreement_TC, t),
         )  # fmt: skip
     return charts

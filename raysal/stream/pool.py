@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
+import math
 import os
 import re
 import time
@@ -27,7 +27,7 @@ from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
 from raysal.archive.uris import absolute, is_local, join, list_names, open_fs, remove_tree, write_bytes
-from raysal.cluster import score_actors
+from raysal.cluster import data_context, score_actors
 from raysal.config import Config
 from raysal.errors import InputError, RaysalError
 from raysal.model.checkpoint import digest_at
@@ -98,8 +98,7 @@ def run_pool(
         out_uri: A folder of its own; an earlier output in it, whole or partial, is replaced.
         schema: Of the output.
         cfg: Its `compute` decides how many actors there are.
-        on_progress: Called after each block.
-        class_bonus: For the scores.
+        on_progress, class_bonus: As in `score_pool`.
         rows_per_shard: Rows of a block; None chooses by archive and actors.
 
     Raises:
@@ -111,8 +110,8 @@ def run_pool(
     manifest, total = _check_manifest(manifest)
     checkpoint_uri, out_uri = absolute(checkpoint_uri), absolute(out_uri)
     digest, actors = digest_at(checkpoint_uri), score_actors(cfg.compute)
-    threads = max(1, _cores() // actors)
-    rows = rows_per_shard or min(LARGEST_BLOCK, max(cfg.score.batch_size, -(-total // (actors * BLOCKS_PER_ACTOR))))
+    rows = rows_per_shard or min(LARGEST_BLOCK, max(cfg.score.batch_size, math.ceil(total / (actors * BLOCKS_PER_ACTOR))))
+    actors = min(actors, math.ceil(total / rows))
     task = Task(
         cfg=cfg,
         checkpoint_uri=checkpoint_uri,
@@ -120,11 +119,11 @@ def run_pool(
         out_uri=out_uri,
         schema=schema,
         device="cuda" if cfg.compute.use_gpu else "cpu",
-        threads=threads,
+        threads=max(1, _cores() // actors),
         class_bonus=None if class_bonus is None else tuple(class_bonus),
     )
     _clear(out_uri)
-    counts = _stream(worker, manifest, task, rows, min(actors, -(-total // rows)), total, on_progress)
+    counts = _stream(worker, manifest, task, rows, actors, total, on_progress)
     seconds = time.perf_counter() - started
     summary = Summary(total, counts, digest, seconds, total / seconds)
     write_bytes(join(out_uri, SUCCESS), (json.dumps(summary.to_dict(), indent=2) + "\n").encode())
@@ -137,7 +136,8 @@ def _stream(
     """Sends blocks through the actors and counts receipts. Raises RaysalError where images and rows don't come out even."""
     counts, shards = Counter({status: 0 for status in STATUSES}), set[str]()
     compute = task.cfg.compute
-    with _as_raysal_errors(), _own_context():
+    with _as_raysal_errors(), data_context():
+        DataContext.get_current().raise_original_map_exception = True  # not a wrapper that loses its cause on the way
         receipts = _blocks(manifest, rows).map_batches(
             worker,
             fn_constructor_kwargs={"task": task},
@@ -159,12 +159,15 @@ def _stream(
                 counts.update({status: receipt[status] for status in STATUSES})
                 if on_progress is not None:
                     on_progress(counts.total(), total, dict(counts))
-    written = {name for name in list_names(task.out_uri) if name.endswith(".parquet")}
+    names = list_names(task.out_uri)
+    written = {name for name in names if name.endswith(".parquet")}
     if counts.total() != total or written != shards:
         raise RaysalError(
             f"{task.out_uri}: {total} images went in, {counts.total()} rows came out in {len(shards)} shards, and the folder holds "
             f"{len(written)}; was it or the manifest changed meanwhile? Run again"
         )
+    for name in (n for n in names if n not in shards and OURS.match(n)):
+        remove_tree(join(task.out_uri, name))  # half-written files of actors that died
     return dict(counts)
 
 
@@ -216,26 +219,6 @@ def _clear(out_uri: str) -> None:
     # The marker first: a run that dies here must not leave it beside half an output.
     for name in sorted(names, key=lambda n: n != SUCCESS):
         remove_tree(join(out_uri, name))
-
-
-@contextlib.contextmanager
-def _own_context() -> Iterator[None]:
-    """Ray Data's settings for these runs alone; the caller's are as they were afterwards."""
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False  # on_progress draws them
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # not a wrapper that loses its cause on the way
-    context.execution_no_progress_timeout_s = -1  # a block of large images on a slow machine may take any time
-    console = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
-    levels = [h.level for h in console]
-    for handler in console:
-        handler.setLevel(logging.CRITICAL)  # errors are raised; its log file keeps them all
-    try:
-        with DataContext.current(context):
-            yield
-    finally:
-        for handler, level in zip(console, levels, strict=True):
-            handler.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def score_pool(
         InputError: Manifest, checkpoint, configuration, output folder or cluster can't be used; found before any long work.
         RaysalError: The run broke down.
     """
-    if cfg.score.class_bonus and class_bonus is None:
+    if cfg.score.class_bonus and class_bonus is None and cfg.score.scores:  # without scores: for the embeddings alone
         raise ConfigError("score.class_bonus is on, but the labelled images per class are not known here; turn it off or give class_bonus")
     names = score_columns(cfg.score, cfg.query.strategy)
     classes = read_info(checkpoint_uri).label_set.n_classes

@@ -399,13 +399,18 @@ def test_a_model_that_gives_nan_gives_no_scores(archive: Path, tmp_path: Path) -
     assert all("not finite" in row["error"] and row["entropy"] is None for row in by_id(tmp_path / "out").values())
 
 
-def test_a_rerun_replaces_its_output_and_touches_no_other_folder(checkpoint: str, archive: Path, tmp_path: Path) -> None:
+def test_a_rerun_replaces_its_output_and_touches_no_other_folder(  # type: ignore[no-untyped-def]
+    scored, checkpoint: str, archive: Path, tmp_path: Path
+) -> None:
     out, manifest = tmp_path / "out", manifest_at(archive)
     out.mkdir()
     write_table(str(out / f"part-{'0' * 24}.parquet"), manifest)  # what an interrupted run left
     (out / f"_attempt-part-{'1' * 24}.parquet.json").write_text("{}")
-    score_pool(manifest.slice(4, 8), checkpoint, str(out), configured(score_actors=1))
-    assert set(by_id(out)) == set(manifest["id"].to_pylist()[4:12])
+    score_pool(manifest.slice(4, 8), checkpoint, str(out), configured(score_actors=1), class_bonus=[0.5] * S5MARS.n_classes)
+    rows = by_id(out)
+    assert set(rows) == set(manifest["id"].to_pylist()[4:12])
+    for image_id, row in rows.items():  # an equal bonus for every class only scales
+        assert row["entropy"] == pytest.approx(scored[0][image_id]["entropy"] / 2, abs=1e-5)
     assert not list(out.glob("_attempt*"))
     with pytest.raises(InputError, match=r"images, masks.*no output"):
         score_pool(manifest, checkpoint, str(archive), configured())

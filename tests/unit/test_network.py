@@ -12,6 +12,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save, save_file
+from timm.layers.norm_act import SyncBatchNormAct
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -339,7 +340,7 @@ def test_sync_bn_keeps_the_activation_of_fused_norms(two_fake_workers: None) -> 
     fused = [name for name, m in model.named_modules() if type(m).__name__ == "BatchNormAct2d"]
     prepare(model, cfg, "meta")
     modules = dict(model.named_modules())
-    assert fused and all(isinstance(modules[name], nn.SyncBatchNorm) and hasattr(modules[name], "act") for name in fused)
+    assert fused and all(isinstance(modules[name], SyncBatchNormAct) for name in fused)  # torch's own forgets to call act
     assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
 
 
