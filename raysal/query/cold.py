@@ -10,7 +10,8 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from raysal.errors import InputError
-from raysal.query.select import hash01, unit_rows
+from raysal.query.rank import hash01
+from raysal.query.select import unit_rows
 
 NEIGHBOURS = 20
 """k of typicality, as in TypiClust."""

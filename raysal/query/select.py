@@ -6,7 +6,6 @@ id, so the same pool gives the same batch however it was sharded, shuffled or me
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from raysal.config import QueryConfig
 from raysal.errors import InputError
+from raysal.query.rank import floats, hash01, rank01
 from raysal.query.scores import needed_columns
 
 FARTHEST = 2.0
@@ -22,29 +22,6 @@ FARTHEST = 2.0
 
 CENTRES_AT_ONCE = 32
 """Labelled images compared with the pool in one product; bounds memory at pool x 32 floats."""
-
-
-def rank01(x: np.ndarray) -> np.ndarray:
-    """Percentile rank R(x) over the pool, ties averaged: (rank - 1) / (n - 1), float64 [n] in [0, 1].
-
-    A pool of one, like a pool of equals, ranks 0.5.
-
-    Raises:
-        InputError: A value is NaN, so that it has no rank.
-    """
-    x = _floats(x, "scores")
-    if len(x) < 2:
-        return np.full(len(x), 0.5)
-    _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(counts) - (counts - 1) / 2
-    return (mean_rank[group.reshape(-1)] - 1) / (len(x) - 1)
-
-
-def hash01(seed: int, ids: Sequence[str] | np.ndarray, stream: str = "random") -> np.ndarray:
-    """A uniform number in (0, 1) for each id, from (seed, stream, id) alone: the same under any sharding. float64 [n]."""
-    prefix = f"{stream}:{seed}:".encode()
-    digests = b"".join(hashlib.blake2b(prefix + str(i).encode(), digest_size=8).digest() for i in ids)
-    return ((np.frombuffer(digests, dtype="<u8") >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
 
 
 def strategy_scores(
@@ -142,7 +119,7 @@ def select(
         InputError: More images are wanted than there are or than the cap lets through, ids repeat, scores are NaN or (product,
             power) negative, or embeddings are missing or of the wrong shape.
     """
-    ids, scores = np.asarray(ids), _floats(scores, "scores")
+    ids, scores = np.asarray(ids), floats(scores, "scores")
     _check(ids, scores, budget, cfg)
     by_id = np.argsort(ids, kind="stable")
     user, diverse = f"query.batch={cfg.batch}", cfg.batch in ("kcenter", "product")
@@ -298,14 +275,7 @@ def _column(table: Mapping[str, np.ndarray], name: str, rows: int, strategy: str
         raise InputError(
             f"query.strategy={strategy} needs the score column {name!r}; score again with it in score.scores (found: {', '.join(table)})"
         )
-    column = _floats(table[name], f"score column {name!r}")
+    column = floats(table[name], f"score column {name!r}")
     if len(column) != rows:
         raise InputError(f"score column {name!r} has {len(column)} values for {rows} images")
     return column
-
-
-def _floats(x: np.ndarray, what: str) -> np.ndarray:
-    x = np.asarray(x, dtype=np.float64)
-    if x.ndim != 1 or np.isnan(x).any():
-        raise InputError(f"{what}: {int(np.isnan(x).sum())} of {x.size} values are NaN; offer only rows of status ok")
-    return x

@@ -152,13 +152,13 @@ def test_the_summary_is_left_beside_the_shards(scored, checkpoint: str) -> None:
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith("part-")) == ["_SUCCESS"]
 
 
-@pytest.mark.parametrize(("shards", "batch_size", "threads"), [(3, 1, 2), (7, 8, 1)])
+@pytest.mark.parametrize(("shards", "batch_size", "actors"), [(3, 1, 2), (7, 8, 1)])
 def test_shards_order_and_batches_change_no_score(  # type: ignore[no-untyped-def]
-    scored, checkpoint: str, archive: Path, tmp_path: Path, shards: int, batch_size: int, threads: int
+    scored, checkpoint: str, archive: Path, tmp_path: Path, shards: int, batch_size: int, actors: int
 ) -> None:
     manifest = manifest_at(archive)
     shuffled = manifest.take(np.random.default_rng(shards).permutation(manifest.num_rows))
-    cfg = configured(score_actors=threads)
+    cfg = configured(score_actors=actors)
     cfg = cfg.model_copy(update={"score": cfg.score.model_copy(update={"batch_size": batch_size})})
     dones: list[int] = []
     score_pool(shuffled, checkpoint, str(tmp_path / "out"), cfg, None, lambda done, *_: dones.append(done), -(-42 // shards))

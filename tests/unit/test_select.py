@@ -9,7 +9,8 @@ from scipy.stats import rankdata
 
 from raysal.config import QueryConfig
 from raysal.errors import InputError
-from raysal.query.select import hash01, offered, rank01, select, strategy_scores
+from raysal.query.rank import hash01, rank01
+from raysal.query.select import offered, select, strategy_scores
 
 BATCHES = ("topk", "kcenter", "product", "power")
 calm = settings(deadline=None, max_examples=50)  # a busy machine is no failure
