@@ -28,7 +28,8 @@ from raysal.datasets.build import build
 from raysal.rounds.single import count_classes
 from raysal.train.feeds import Draws, UnlabeledBatch, loader
 from raysal.train.logs import Log, read_log
-from raysal.train.loop import Plan, train
+from raysal.train.loop import train
+from raysal.train.plan import Plan
 
 
 class PlainSession:

@@ -30,8 +30,8 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray would ship the caller's working directory and kill idle workers with a warning each; neither helps a library user.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's C++ side reports harmless things as errors, for example the arguments of every pool of actors.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = compute.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:

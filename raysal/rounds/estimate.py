@@ -20,7 +20,8 @@ from raysal.model.runtime import Predictor
 from raysal.rounds.loop import open_data
 from raysal.rounds.single import count_classes
 from raysal.train.feeds import Draws, UnlabeledBatch, loader
-from raysal.train.loop import Learner, Plan, model_info
+from raysal.train.loop import Learner, model_info
+from raysal.train.plan import Plan
 
 WARM_STEPS, TIMED_STEPS = 1, 3
 START_S = 15.0

@@ -32,7 +32,8 @@ from raysal.rounds.ledger import Ledger, OnStage, write_json
 from raysal.rounds.oracle import buy
 from raysal.stream.label import label_pool
 from raysal.stream.score import score_pool
-from raysal.train.loop import Plan, model_info
+from raysal.train.loop import model_info
+from raysal.train.plan import Plan
 from raysal.train.ray import fetch_checkpoint, fit
 
 

@@ -22,7 +22,7 @@ from raysal.rounds.choose import choose
 from raysal.rounds.ledger import Ledger, write_json
 from raysal.rounds.loop import Watcher
 from raysal.train.evaluate import evaluate
-from raysal.train.loop import Plan
+from raysal.train.plan import Plan
 from raysal.train.ray import fetch_checkpoint, fit
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")

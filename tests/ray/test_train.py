@@ -20,7 +20,7 @@ from raysal.model.runtime import Predictor
 from raysal.rounds.single import count_classes
 from raysal.train.evaluate import evaluate
 from raysal.train.logs import read_log
-from raysal.train.loop import Plan
+from raysal.train.plan import Plan
 from raysal.train.ray import Trained, fit
 from tests.helpers import tiny
 

@@ -1,0 +1,50 @@
+"""What one training is. Kept apart from the loop, so that processes which only pass it on need not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from raysal.config import Config, digest_of
+from raysal.datasets.base import Dataset, Item
+
+CHECKPOINT_FILES = ("model.safetensors", "model.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides one training.
+
+    Attributes:
+        cfg: The configuration.
+        dataset: Reads pixels; knows the label set.
+        labeled: Images whose labels are bought.
+        unlabeled: Images for the unlabelled loss; empty turns it off.
+        val: Images for metrics; empty skips evaluation.
+        pixels, images: Labelled pixels, and labelled images holding it, of each class (for class weights).
+        start: Checkpoint whose weights both branches start from (warm start), or None.
+        parents: Where this model comes from, kept in its checkpoint.
+    """
+
+    cfg: Config
+    dataset: Dataset
+    labeled: tuple[Item, ...]
+    unlabeled: tuple[Item, ...]
+    val: tuple[Item, ...]
+    pixels: tuple[int, ...]
+    images: tuple[int, ...]
+    start: str | None = None
+    parents: dict = field(default_factory=dict)
+
+    @property
+    def semi_supervised(self) -> bool:
+        return bool(self.unlabeled) and self.cfg.cps.weight > 0
+
+    @property
+    def unlabeled_batch(self) -> int:
+        """Unlabelled images read per step: CutMix mixes two batches into one."""
+        return self.cfg.train.batch_unlabeled * (2 if self.cfg.cps.cutmix else 1)
+
+    def schedule(self) -> str:
+        """Digest of what a checkpoint must share with this plan to be resumed."""
+        names = [[item.name for item in items] for items in (self.labeled, self.unlabeled, self.val)]
+        return digest_of([self.cfg.training_digest(), names, self.start])
