@@ -61,6 +61,15 @@ class Ledger:
         if not exists(uri):
             write_json(uri, {"config_digest": cfg.digest(), "raysal_version": raysal.__version__, "created_at": _now()})
 
+    def note(self, **values: object) -> None:
+        """Adds to run.json what a reader of the run should know: warnings, why it ended."""
+        write_json(join(self.run, "run.json"), self.notes() | values)
+
+    def notes(self) -> dict[str, Any]:
+        """What run.json holds."""
+        found: dict[str, Any] = read_json(join(self.run, "run.json"))
+        return found
+
     def done(self, round_: int, stage: str) -> dict[str, Any] | None:
         """Outputs of a finished stage, None where it is not finished."""
         uri = join(self.folder(round_), "stages", f"{stage}.json")

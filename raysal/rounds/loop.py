@@ -26,7 +26,7 @@ from raysal.datasets.build import build, check
 from raysal.errors import DataError
 from raysal.model import checkpoint
 from raysal.model.network import TwoBranch
-from raysal.query.scores import needed_columns
+from raysal.query.scores import needed_columns, rarity_bonus
 from raysal.rounds.choose import choose, random_start, typical_start
 from raysal.rounds.ledger import Ledger, OnStage, write_json
 from raysal.rounds.oracle import buy
@@ -105,12 +105,13 @@ def open_data(cfg: Config, on_warning: Callable[[str], None]) -> tuple[Dataset, 
 
 class _Loop:
     def __init__(self, cfg: Config, ledger: Ledger, watcher: Watcher) -> None:
-        self.ledger, self.watcher = ledger, watcher
+        self.ledger, self.watcher, self.warnings = ledger, watcher, dict[str, None]()
         self.cfg = cfg.model_copy(update={"run": ledger.run, "score": _with_needed_scores(cfg)})
 
     def run(self) -> Outcome:
         self.ledger.open(self.cfg)
-        self.dataset, self.pool, self.val = open_data(self.cfg, self.watcher.on_warning)
+        self.warnings |= dict.fromkeys(self.ledger.notes().get("warnings", []))
+        self.dataset, self.pool, self.val = open_data(self.cfg, self._warn)
         self.by_id = {item.id: item for item in self.pool}
         write_table(join(self.ledger.run, "manifest.parquet"), manifest_of(self.pool))
         outcome = Outcome(self.ledger.run)
@@ -136,6 +137,10 @@ class _Loop:
             if outcome.stopped != "rounds":
                 break
         return self._finish(outcome, bought, round_)
+
+    def _warn(self, text: str) -> None:
+        self.warnings[text] = None
+        self.watcher.on_warning(text)
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
@@ -185,7 +190,7 @@ class _Loop:
         extra = self.dataset.split(cfg.data.unlabeled_split) if cfg.data.unlabeled_split else ()
         counts = np.array([row for table in bought for row in table["class_pixels"].to_pylist()], dtype=np.int64)
         for missing in np.flatnonzero(counts.sum(0) == 0):
-            self.watcher.on_warning(f"round {round_}: no bought label shows class {self.dataset.label_set.classes[missing]!r} yet")
+            self._warn(f"round {round_}: no bought label shows class {self.dataset.label_set.classes[missing]!r} yet")
         warm = cfg.loop.warm_start and round_ > 0
         return Plan(
             cfg=cfg,
@@ -206,7 +211,7 @@ class _Loop:
         bonus = None
         if self.cfg.score.class_bonus:
             counts = np.array([row for table in bought for row in table["class_pixels"].to_pylist()])
-            bonus = 1 / np.sqrt(1 + (counts > 0).sum(0))
+            bonus = rarity_bonus((counts > 0).sum(0))
         summary = score_pool(
             manifest_of(rest), join(folder, name), join(folder, "scores"), self.cfg, class_bonus=bonus, on_progress=self.watcher.on_progress
         )
@@ -246,6 +251,7 @@ class _Loop:
             return {"counts": summary.counts, "images_per_second": summary.images_per_second}
 
         self.ledger.stage(round_, "label", label)
+        self.ledger.note(stopped=outcome.stopped, warnings=list(self.warnings))
         outcome.rounds[-1] = outcome.rounds[-1] | {"seconds": self.ledger.seconds(round_)}
         write_json(join(self.ledger.folder(round_), "metrics.json"), outcome.rounds[-1])
         return outcome
