@@ -10,6 +10,7 @@ until the rounds are done, the target is met or a stopping rule speaks. Everythi
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raysal import cluster
 from raysal.archive.tables import manifest_of, queue_schema, read_table, write_table
-from raysal.archive.uris import join, remove_tree
+from raysal.archive.uris import is_local, join, remove_tree
 from raysal.config import Config, ScoreConfig
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check
-from raysal.errors import DataError
+from raysal.errors import DataError, ResourceError
 from raysal.model import checkpoint
 from raysal.model.network import TwoBranch
 from raysal.query.scores import needed_columns, rarity_bonus
@@ -113,6 +115,9 @@ class _Loop:
         self.warnings |= dict.fromkeys(self.ledger.notes().get("warnings", []))
         self.dataset, self.pool, self.val = open_data(self.cfg, self._warn)
         self.by_id = {item.id: item for item in self.pool}
+        cluster.check_training(self.cfg.compute)
+        cluster.score_actors(self.cfg.compute)
+        _check_disk(self.cfg, self.dataset.label_set.n_classes)
         write_table(join(self.ledger.run, "manifest.parquet"), manifest_of(self.pool))
         outcome = Outcome(self.ledger.run)
         bought: list[pa.Table] = []
@@ -122,6 +127,7 @@ class _Loop:
             self.ledger.stage(round_, "buy", partial(self._buy, round_, chosen["ids"]))
             bought.append(read_table(join(self.ledger.folder(round_), "labels.parquet")))
             trained = self.ledger.stage(round_, "train", partial(self._train, round_, bought, None, "train"))
+            remove_tree(join(self.ledger.folder(round_), "train", "fit"))  # its chosen checkpoint is kept beside it
             metrics = self._metrics(round_, bought, trained)
             outcome.rounds.append(metrics)
             outcome.checkpoint = join(self.ledger.folder(round_), trained["checkpoint"])
@@ -273,6 +279,23 @@ class _Loop:
     def _confident(self, metrics: dict) -> bool:
         mean = metrics["pool_uncertainty"]
         return mean is not None and mean < self.cfg.loop.uncertainty_below
+
+
+def _check_disk(cfg: Config, n_classes: int) -> None:
+    """Refuses a run whose checkpoints the local disk can't hold. Raises ResourceError with the numbers."""
+    if not is_local(cfg.run):
+        return
+    model = TwoBranch(cfg.model.model_copy(update={"encoder_weights": None}), n_classes, cfg.seed)
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    state = weights * (cfg.optim.name == "adamw") + weights + weights * cfg.cps.ema
+    # Checkpoints of one training at a time (one more while the oldest is not deleted yet), and each round's chosen one.
+    need = (cfg.train.keep_checkpoints + 2) * (weights + state) + (cfg.loop.rounds + 2) * weights
+    free = shutil.disk_usage(cfg.run).free
+    if free < need:
+        raise ResourceError(
+            f"{cfg.run}: the run needs about {need / 1e9:.2f} GB for checkpoints, the disk has {free / 1e9:.2f} GB free; "
+            "free some, give another run folder (run=...), or lower train.keep_checkpoints"
+        )
 
 
 def _with_needed_scores(cfg: Config) -> ScoreConfig:

@@ -29,7 +29,7 @@ from raysal.model import checkpoint, losses
 from raysal.model.network import TwoBranch, prepare
 from raysal.model.runtime import Predictor
 from raysal.train.evaluate import Evaluation, evaluate
-from raysal.train.feeds import Draws, LabeledBatch, UnlabeledBatch, loader, share
+from raysal.train.feeds import Draws, LabeledBatch, UnlabeledBatch, loader
 from raysal.train.plan import Plan
 from raysal.train.state import Progress, load_state, save_state
 
@@ -189,8 +189,6 @@ def train(plan: Plan, session: Session) -> None:
     progress = _resume(learner, session) or Progress(schedule=plan.schedule())
     learner.bind()
     session.log({"start": progress.step, "world": session.world, "class_weights": _round(learner.weights_C.tolist())}, progress.step)
-    share(cfg.train.batch_unlabeled, session.world, "train.batch_unlabeled")
-    share(cfg.train.batch_labeled, session.world, "train.batch_labeled")
     draws = Draws(plan.dataset, plan.labeled, cfg, "labeled")
     feed = loader(draws, progress.step, cfg.train.steps, cfg.train.batch_labeled, session.rank, session.world, cfg.compute.loader_workers)
     labeled: Iterator[LabeledBatch] = iter(feed)

@@ -66,6 +66,8 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
     """
     compute = plan.cfg.compute
     cluster.check_training(compute)
+    for name, batch in (("train.batch_labeled", plan.cfg.train.batch_labeled), ("train.batch_unlabeled", plan.cfg.train.batch_unlabeled)):
+        share(batch, max(1, compute.train_workers), name)
     _drop_broken(folder)
     with cluster.data_context(), _watch(plan.cfg, folder, on_progress):
         try:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from raysal.archive.tables import labels_schema, read_table
+from tests.conftest import Said
 from tests.helpers import kill_when, processes, run, start, tiny_tree, write_config
 
 
@@ -23,14 +29,18 @@ def markers(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.glob("rounds/*/stages/*.json"))}
 
 
+def digests(folder: Path) -> list[str]:
+    return [json.loads(p.read_text())["checkpoint_digest"] for p in sorted(folder.glob("rounds/*/metrics.json"))]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in a process of its own, from nothing to its end."""
     folder = tmp_path_factory.mktemp("loop")
     config = write_config(folder / "config.yaml", tiny_tree(folder / "run"))
     done = run("loop", "--config", str(config), "--json")
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
-    assert [r["labels"] for r in result["rounds"]] == [3, 5]
+    assert [r["labels"] for r in json.loads(done.stdout)["rounds"]] == [3, 5]
     return folder
 
 
@@ -45,105 +55,137 @@ def test_every_pool_image_gets_one_mask_of_its_own_size(undisturbed: Path) -> No
 
 def test_no_label_is_bought_twice_and_the_ledger_is_whole(undisturbed: Path) -> None:
     rounds = bought(undisturbed / "run")
-    everything = [i for ids in rounds for i in ids]
     assert [len(ids) for ids in rounds] == [3, 2]
-    assert len(set(everything)) == 5
+    assert len({i for ids in rounds for i in ids}) == 5
     stages = {Path(p).stem for p in markers(undisturbed / "run") if "000" in p}
     assert stages == {"choose", "buy", "train", "score"}
     assert (undisturbed / "run" / "report" / "index.html").stat().st_size > 10_000
 
 
-def test_a_finished_run_repeats_nothing(undisturbed: Path) -> None:
+def test_a_finished_run_repeats_nothing(undisturbed: Path, raysal: Callable[..., Said]) -> None:
     before = markers(undisturbed / "run")
-    done = run("loop", "--config", str(undisturbed / "config.yaml"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = raysal("loop", "--config", str(undisturbed / "config.yaml"))
+    assert done.code == 0, done.err[-3000:]
     assert markers(undisturbed / "run") == before
 
 
-def test_shuffled_labels_of_the_pool_change_no_query(undisturbed: Path, tmp_path: Path) -> None:
+def test_shuffled_labels_of_the_pool_change_no_query(undisturbed: Path, tmp_path: Path, raysal: Callable[..., Said]) -> None:
     """The same model and the same pool, but every mask that is not bought belongs to another image."""
-    run_folder = tmp_path / "run"
-    shutil.copytree(undisturbed / "run", run_folder)
-    first = set(pq.read_table(run_folder / "rounds" / "000" / "labels.parquet")["name"].to_pylist())
-    masks = [p for p in sorted((run_folder / "data" / "masks").glob("*.png")) if not any(Path(n).stem == p.stem for n in first)]
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed / "run", folder)
+    first = {Path(n).stem for n in pq.read_table(folder / "rounds" / "000" / "labels.parquet")["name"].to_pylist()}
+    masks = [p for p in sorted((folder / "data" / "masks").glob("*.png")) if p.stem not in first]
     contents = [p.read_bytes() for p in masks]
     for path, content in zip(masks, contents[1:] + contents[:1], strict=True):
         path.write_bytes(content)
-    before = pq.read_table(run_folder / "rounds" / "001" / "chosen.parquet")["id"].to_pylist()
-    for name in ("score", "choose"):
-        (run_folder / "rounds" / ("000" if name == "score" else "001") / "stages" / f"{name}.json").unlink()
-    shutil.rmtree(run_folder / "rounds" / "001")
-    shutil.rmtree(run_folder / "rounds" / "000" / "scores")
-    config = write_config(tmp_path / "config.yaml", tiny_tree(run_folder, train={"steps": 12}))
-    done = run("loop", "--config", str(config))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert pq.read_table(run_folder / "rounds" / "001" / "chosen.parquet")["id"].to_pylist() == before
+    before = bought(folder)
+    (folder / "rounds" / "000" / "stages" / "score.json").unlink()
+    shutil.rmtree(folder / "rounds" / "001")
+    shutil.rmtree(folder / "rounds" / "000" / "scores")
+    done = raysal("loop", "--config", str(write_config(tmp_path / "config.yaml", tiny_tree(folder))))
+    assert done.code == 0, done.err[-3000:]
+    assert bought(folder) == before
 
 
-@pytest.mark.parametrize("moment", ["first training", "scoring", "second training", "masks"])
-def test_a_killed_driver_goes_on_to_the_same_labels(undisturbed: Path, tmp_path: Path, moment: str) -> None:
+@pytest.mark.timeout(900)
+def test_killed_again_and_again_a_run_comes_to_the_same_end(undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL of the driver in every kind of stage, of a scoring actor, and of a train worker."""
     folder = tmp_path / "run"
-    config = write_config(tmp_path / "config.yaml", tiny_tree(folder))
-    reached = {
-        "first training": lambda: any(folder.glob("rounds/000/train/fit/step-00000003/state.json")),
-        "scoring": lambda: (folder / "rounds/000/stages/train.json").exists() and (folder / "rounds/000/scores").exists(),
-        "second training": lambda: any(folder.glob("rounds/001/train/fit/step-00000006/state.json")),
-        "masks": lambda: (folder / "labels").exists(),
-    }[moment]
-    kill_when(start("loop", "--config", str(config)), reached)
-    kept = markers(folder)
-    done = run("loop", "--config", str(config))
+    config = str(write_config(tmp_path / "config.yaml", tiny_tree(folder)))
+
+    def reached(pattern: str) -> Callable[[], bool]:
+        return lambda: any(folder.glob(pattern))
+
+    kill_when(start("loop", "--config", config), reached("rounds/000/train/fit/step-00000003/state.json"))
+    kill_when(start("loop", "--config", config), reached("rounds/000/scores/_attempt-*"))
+    kept = [markers(folder)]
+
+    # Now under Ray Train with a worker of its own: first an actor that scores, then the worker, then the driver.
+    process = start("loop", "--config", config, "--set", "compute.train_workers=1")
+    kill_one(process, "ScoreImages", lambda: not (folder / "rounds/000/stages/score.json").exists())
+    wait_for(process, reached("rounds/001/train/fit/step-00000003/state.json"))
+    kill_one(process, "RayTrainWorker", lambda: True)
+    kill_when(process, reached("rounds/001/train/fit/step-00000009/state.json"))
+    kept.append(markers(folder))
+
+    kill_when(start("loop", "--config", config, "--set", "compute.train_workers=1"), lambda: (folder / "labels").exists())
+    kept.append(markers(folder))
+    done = run("loop", "--config", config)
     assert done.returncode == 0, done.stderr[-3000:]
     assert bought(folder) == bought(undisturbed / "run")
-    assert {k: v for k, v in markers(folder).items() if k in kept} == kept, "a finished stage was done again"
-    last = [json.loads((f / "rounds/001/metrics.json").read_text())["checkpoint_digest"] for f in (folder, undisturbed / "run")]
-    assert last[0] == last[1], "the resumed training came to another model"
+    assert digests(folder) == digests(undisturbed / "run"), "a resumed training came to another model"
+    for before in kept:
+        assert {k: v for k, v in markers(folder).items() if k in before} == before, "a finished stage was done again"
+    ids = read_table(str(folder / "labels"))["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 24
 
 
-def test_a_killed_scoring_actor_loses_and_doubles_nothing(undisturbed: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    config = write_config(tmp_path / "config.yaml", tiny_tree(folder))
-    process = start("loop", "--config", str(config))
-    while not (folder / "rounds/000/stages/train.json").exists():
+def kill_one(process: subprocess.Popen, title: str, still: Callable[[], bool]) -> None:
+    """SIGKILLs one process of a command whose title holds a text, as soon as there is one."""
+    while still():
         assert process.poll() is None, process.stderr.read()[-3000:]
-    killed = []
-    while not killed and process.poll() is None and not (folder / "rounds/000/stages/score.json").exists():
-        for actor in processes("Scorer", process.pid)[:1]:
-            actor.kill()
-            killed.append(actor.pid)
-    _, err = process.communicate(timeout=300)
-    assert killed, "no scoring actor was seen"
-    assert process.returncode == 0, err[-3000:]
-    ids = read_table(str(folder / "rounds/000/scores"))["id"].to_pylist()
-    assert len(ids) == len(set(ids)) == 24 - 3
-    assert bought(folder) == bought(undisturbed / "run")
+        for victim in processes(title, process.pid)[:1]:
+            victim.kill()
+            psutil.wait_procs([victim], timeout=10)
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no process {title!r} was seen")
 
 
-def test_two_drivers_on_one_run_are_refused(tmp_path: Path) -> None:
-    import fcntl
+def wait_for(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+    while not reached():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.02)
 
+
+def test_two_drivers_on_one_run_are_refused(tmp_path: Path, raysal: Callable[..., Said]) -> None:
     (tmp_path / "run").mkdir()
     config = write_config(tmp_path / "config.yaml", tiny_tree(tmp_path / "run"))
     with open(tmp_path / "run" / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        refused = run("loop", "--config", str(config))
-    assert refused.returncode == 2
-    assert "another process is at work on this run" in refused.stderr
+        refused = raysal("loop", "--config", str(config))
+    assert refused.code == 2
+    assert "another process is at work on this run" in refused.err
 
 
-def test_a_run_begun_with_other_values_is_refused_and_names_them(undisturbed: Path) -> None:
-    refused = run("loop", "--config", str(undisturbed / "config.yaml"), "--set", "optim.lr=0.5")
-    assert refused.returncode == 2
-    assert "optim.lr: was 0.001, now 0.5" in refused.stderr
+def test_a_run_begun_with_other_values_is_refused_and_names_them(undisturbed: Path, raysal: Callable[..., Said]) -> None:
+    refused = raysal("loop", "--config", str(undisturbed / "config.yaml"), "--set", "optim.lr=0.5")
+    assert refused.code == 2
+    assert "optim.lr: was 0.001, now 0.5" in refused.err
 
 
-def test_more_rounds_extend_a_finished_run(undisturbed: Path, tmp_path: Path) -> None:
+def test_more_rounds_extend_a_finished_run(undisturbed: Path, tmp_path: Path, raysal: Callable[..., Said]) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed / "run", folder)
-    tree = tiny_tree(folder)
-    tree["loop"]["rounds"] = 2
-    done = run("loop", "--config", str(write_config(tmp_path / "config.yaml", tree)))
-    assert done.returncode == 0, done.stderr[-3000:]
+    tree = tiny_tree(folder, loop={"rounds": 2}, query={})
+    done = raysal("loop", "--config", str(write_config(tmp_path / "config.yaml", tree)))
+    assert done.code == 0, done.err[-3000:]
     assert bought(folder)[:2] == bought(undisturbed / "run")
     assert [len(ids) for ids in bought(folder)] == [3, 2, 2]
     assert yaml.safe_load((folder / "config.yaml").read_text())["loop"]["rounds"] == 2
+
+
+def test_a_typical_start_and_a_spread_batch_run_to_the_end(tmp_path: Path, raysal: Callable[..., Said]) -> None:
+    tree = tiny_tree(
+        tmp_path / "run",
+        loop={"cold_start": "typical"},
+        query={"strategy": "bald", "batch": "kcenter", "group_cap": 2},
+        score={"bald_passes": 2, "class_bonus": True},
+        train={"steps": 2},
+        cps={"ema": True},
+    )
+    done = raysal("loop", "--config", str(write_config(tmp_path / "config.yaml", tree)))
+    assert done.code == 0, done.err[-3000:]
+    chosen = pq.read_table(tmp_path / "run/rounds/001/chosen.parquet")
+    assert set(chosen["strategy"].to_pylist()) == {"bald"}
+    assert "bald" in dict(chosen["reasons"].to_pylist()[0])
+    assert len({i for ids in bought(tmp_path / "run") for i in ids}) == 5
+
+
+def test_a_target_that_is_met_ends_the_loop_early(tmp_path: Path, raysal: Callable[..., Said]) -> None:
+    tree = tiny_tree(tmp_path / "run", loop={"target_miou": 0.0, "rounds": 3}, train={"steps": 1})
+    done = raysal("loop", "--config", str(write_config(tmp_path / "config.yaml", tree)), "--json")
+    assert done.code == 0, done.err[-3000:]
+    result = json.loads(done.out)
+    assert result["stopped"] == "target" and [r["labels"] for r in result["rounds"]] == [3]
+    assert read_table(result["labels"]).num_rows == 24

@@ -45,7 +45,7 @@ def digest(trained: Trained) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, tmp_path_factory) -> tuple[Plan, Trained]:
+def undisturbed(ray_runtime, tmp_path_factory) -> tuple[Plan, Trained]:
     run = tmp_path_factory.mktemp("undisturbed")
     plan = plan_of(tiny(run, compute={"train_workers": 1, "threads": 1}))
     return plan, fit(plan, str(run / "train"))
@@ -105,7 +105,7 @@ def test_another_configuration_does_not_continue_a_training(undisturbed) -> None
         fit(Plan(**{**vars(plan), "cfg": other}), folder)
 
 
-def test_two_workers_measure_what_one_process_measures(ray_cluster, tmp_path: Path) -> None:
+def test_two_workers_measure_what_one_process_measures(ray_runtime, tmp_path: Path) -> None:
     plan = plan_of(tiny(tmp_path, compute={"train_workers": 2, "threads": 1}, train={"steps": 4, "checkpoint_every": 2}))
     trained = fit(plan, str(tmp_path / "train"))
     alone = evaluate(Predictor.load(trained.checkpoint), plan.dataset, plan.val, 2)
@@ -119,7 +119,7 @@ def test_two_workers_measure_what_one_process_measures(ray_cluster, tmp_path: Pa
     assert all(np.isfinite(r["loss"]) and r["images_per_second"] > 0 and r["data_wait_s"] >= 0 and r["agreement"] for r in losses)
 
 
-def test_a_pool_image_that_cannot_be_read_does_not_stop_training(ray_cluster, tmp_path: Path) -> None:
+def test_a_pool_image_that_cannot_be_read_does_not_stop_training(ray_runtime, tmp_path: Path) -> None:
     cfg = tiny(tmp_path, train={"steps": 2})
     plan = plan_of(cfg)
     for item in plan.unlabeled[:5]:
@@ -128,7 +128,7 @@ def test_a_pool_image_that_cannot_be_read_does_not_stop_training(ray_cluster, tm
     assert trained.metrics is not None and 0 <= trained.metrics["miou"] <= 1
 
 
-def test_best_checkpoint_is_the_best_evaluated_one(ray_cluster, tmp_path: Path) -> None:
+def test_best_checkpoint_is_the_best_evaluated_one(ray_runtime, tmp_path: Path) -> None:
     cfg = tiny(tmp_path, loop={"checkpoint": "best"}, train={"steps": 6, "eval_every": 2, "checkpoint_every": 1})
     trained = fit(plan_of(cfg), str(tmp_path / "train"))
     evaluated = {r["step"]: r["eval"]["miou"] for r in read_log(str(tmp_path / "train")) if "eval" in r}
@@ -137,7 +137,7 @@ def test_best_checkpoint_is_the_best_evaluated_one(ray_cluster, tmp_path: Path) 
     assert evaluated[step] == max(evaluated.values())
 
 
-def test_workers_that_no_cluster_can_carry_are_refused_with_the_numbers(ray_cluster, tmp_path: Path) -> None:
+def test_workers_that_no_cluster_can_carry_are_refused_with_the_numbers(ray_runtime, tmp_path: Path) -> None:
     plan = plan_of(tiny(tmp_path, compute={"train_workers": 64}))
     with pytest.raises(ResourceError, match=r"64 train workers x 1 CPUs \+ 0.5 for decoding = 64.5 CPUs, but the cluster has 8"):
         fit(plan, join(str(tmp_path), "train"))
