@@ -54,9 +54,14 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def data_context() -> Iterator[None]:
-    """Ray Data's settings for one pipeline of ours; the caller's are as they were afterwards."""
+def data_context(ordered: bool = False) -> Iterator[None]:
+    """Ray Data's settings for one pipeline of ours; the caller's are as they were afterwards.
+
+    Args:
+        ordered: Blocks leave in the order in which they came, so that a training sees its draws in the same order each time.
+    """
     context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = ordered
     context.enable_progress_bars = False  # the command line draws its own
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # large images, long evaluations: a stream may rest for any time

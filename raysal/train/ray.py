@@ -69,7 +69,7 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
     for name, batch in (("train.batch_labeled", plan.cfg.train.batch_labeled), ("train.batch_unlabeled", plan.cfg.train.batch_unlabeled)):
         share(batch, max(1, compute.train_workers), name)
     _drop_broken(folder)
-    with cluster.data_context(), _watch(plan.cfg, folder, on_progress):
+    with cluster.data_context(ordered=True), _watch(plan.cfg, folder, on_progress):
         try:
             result = _trainer(plan, folder).fit()
         except ray.train.TrainingFailedError as error:
