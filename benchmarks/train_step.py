@@ -35,8 +35,6 @@ from raysal.train.plan import Plan
 class PlainSession:
     """The loop's session on plain torch, alone or under torchrun."""
 
-    asynchronous = False
-
     def __init__(self, plan: Plan, folder: str) -> None:
         self.plan, self._log = plan, Log(folder)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

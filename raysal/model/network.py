@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
@@ -28,6 +30,21 @@ Resolution = Literal["full", "decoder"]
 ARCHITECTURES: dict[str, type[nn.Module]] = {a.__name__: a for a in smp.MODEL_ARCHITECTURES_MAPPING.values()}
 
 _SMALLEST_PX = {"PAN": 128}  # its feature pyramid halves the encoder's last map three times
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoders made of a batch of images.
+
+    Attributes:
+        stages: By branch: the encoder's stages, [B, D, h, w] each, and what else its decoder wants.
+        size_HW: Of the images.
+        padded_HW: Of what the encoders saw.
+    """
+
+    stages: dict[int, tuple[list[Tensor], tuple[Any, ...]]]
+    size_HW: torch.Size
+    padded_HW: torch.Size
 
 
 class TwoBranch(nn.Module):
@@ -91,26 +108,32 @@ class TwoBranch(nn.Module):
         Returns:
             Two float32 tensors, also under autocast.
         """
-        z1, z2, _ = self._run(images_BCHW, resolution)
+        z1, z2 = self.decode(self.encode(images_BCHW), resolution)
         return z1, z2
 
     def branch(self, k: int, images_BCHW: Tensor, resolution: Resolution = "full") -> Tensor:
         """Logits of branch k (0 or 1) alone; see `forward`."""
-        return self._logits(k, self._normalise(images_BCHW), images_BCHW.shape[-2:], resolution)[0]
+        return self.decode(self.encode(images_BCHW, (k,)), resolution)[0]
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Embeddings of images: float32 [B, D], the L2-normalised mean of branch 0's last encoder stage over positions."""
-        return _embedding(_encode(self.branches[0], self._normalise(images_BCHW))[0][-1])
+        return _embedding(self.encode(images_BCHW, (0,)))
 
     def with_features(self, images_BCHW: Tensor, resolution: Resolution = "full") -> tuple[Tensor, Tensor, Tensor]:
         """What `forward` and `features` give, in one pass: both logits and the embeddings."""
-        z1, z2, last_BDhw = self._run(images_BCHW, resolution)
-        return z1, z2, _embedding(last_BDhw)
+        encoded = self.encode(images_BCHW)
+        z1, z2 = self.decode(encoded, resolution)
+        return z1, z2, _embedding(encoded)
 
-    def _run(self, images_BCHW: Tensor, resolution: Resolution) -> tuple[Tensor, Tensor, Tensor]:
-        x_BCHW, size_HW = self._normalise(images_BCHW), images_BCHW.shape[-2:]
-        z1, last_BDhw = self._logits(0, x_BCHW, size_HW, resolution)
-        return z1, self._logits(1, x_BCHW, size_HW, resolution)[0], last_BDhw
+    def encode(self, images_BCHW: Tensor, branches: Sequence[int] = (0, 1)) -> Encoded:
+        """The encoders' half of `forward`, to be decoded once or, by MC dropout, several times."""
+        x_BCHW = self._normalise(images_BCHW)
+        stages = {k: _encode(self.branches[k], x_BCHW) for k in branches}
+        return Encoded(stages, images_BCHW.shape[-2:], x_BCHW.shape[-2:])
+
+    def decode(self, encoded: Encoded, resolution: Resolution = "full") -> tuple[Tensor, ...]:
+        """Logits of each encoded branch, cropped to the image; see `forward`."""
+        return tuple(self._logits(k, encoded, resolution) for k in encoded.stages)
 
     def _normalise(self, images_BCHW: Tensor) -> Tensor:
         """Float images in units of std around mean, padded to the stride by repeating the border (zeros would draw an edge)."""
@@ -121,16 +144,15 @@ class TwoBranch(nn.Module):
             x_BCHW = F.pad(x_BCHW, (0, right, 0, bottom), mode="replicate")
         return x_BCHW.contiguous(memory_format=self.memory_format)
 
-    def _logits(self, k: int, x_BCHW: Tensor, size_HW: torch.Size, resolution: Resolution) -> tuple[Tensor, Tensor]:
-        """Logits of one branch cropped to the image, and its last encoder stage."""
+    def _logits(self, k: int, encoded: Encoded, resolution: Resolution) -> Tensor:
         branch: Any = self.branches[k]
-        padded_HW = x_BCHW.shape[-2:]
-        stages, prefix = _encode(branch, x_BCHW)
+        stages, prefix = encoded.stages[k]
         z_BChw = branch.segmentation_head(branch.decoder(stages, *prefix)).float()
-        if resolution == "full" and z_BChw.shape[-2:] != padded_HW:
-            z_BChw = F.interpolate(z_BChw, size=padded_HW, mode="bilinear", align_corners=True)  # as smp's own heads do
-        height, width = (math.ceil(n * z / p) for n, z, p in zip(size_HW, z_BChw.shape[-2:], padded_HW, strict=True))
-        return z_BChw[..., :height, :width], stages[-1]
+        if resolution == "full" and z_BChw.shape[-2:] != encoded.padded_HW:
+            z_BChw = F.interpolate(z_BChw, size=encoded.padded_HW, mode="bilinear", align_corners=True)  # as smp's own heads do
+        sizes = zip(encoded.size_HW, z_BChw.shape[-2:], encoded.padded_HW, strict=True)
+        height, width = (math.ceil(n * z / p) for n, z, p in sizes)
+        return z_BChw[..., :height, :width]
 
 
 def prepare(model: TwoBranch, cfg: ModelConfig, device: torch.device | str) -> TwoBranch:
@@ -241,7 +263,8 @@ def _encode(branch: Any, x_BCHW: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]
     return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
 
 
-def _embedding(last_BDhw: Tensor) -> Tensor:
+def _embedding(encoded: Encoded) -> Tensor:
+    last_BDhw = encoded.stages[0][0][-1]
     return F.normalize(last_BDhw.float().mean(dim=(2, 3)), dim=1)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysal.model.checkpoint import ModelInfo, load
-from raysal.model.network import Resolution, TwoBranch, dropouts, place
+from raysal.model.network import Encoded, Resolution, TwoBranch, dropouts, place
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,23 @@ class Predictor:
             resolution: As in `logits`.
         """
         devices = [self.device] if self.device.type == "cuda" else []
+
+        def encode(image: np.ndarray) -> Encoded:
+            return self.model.encode(self._scaled(to_batch([image]).to(self.device)))
+
+        def decode(source: Encoded | np.ndarray) -> tuple[Tensor, ...]:
+            return self.model.decode(source if isinstance(source, Encoded) else encode(source), resolution)
+
+        # Where nothing is dropped in the encoders, as with most of them, every pass would encode the same once more.
+        branches: Any = self.model.branches
+        in_encoders = any(dropouts(branch.encoder) for branch in branches)
+        sources: Sequence[Encoded | np.ndarray] = images if in_encoders else self._map(encode, images)
         for t in range(passes):
             pairs = []
-            for image, seed in zip(images, seeds, strict=True):
+            for source, seed in zip(sources, seeds, strict=True):
                 with mc_dropout(self.model), torch.random.fork_rng(devices):
                     torch.manual_seed((seed + t * 0x9E3779B97F4A7C15) % 2**63)
-                    pairs.append(self.logits([image], resolution))
+                    pairs += self._map(decode, [source])
             z1, z2 = (torch.cat(z) for z in zip(*pairs, strict=True))
             yield z1, z2
 
@@ -131,10 +146,15 @@ class Predictor:
     def _each(self, run: Callable[[Tensor], tuple[Tensor, ...]], images: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
         """Runs on a batch [B, 3, H, W] of uint8 images without gradients, as the class promises."""
         batch_BCHW = to_batch(images).to(self.device)
-        if self._threads is None:
-            with torch.no_grad():
-                return run(batch_BCHW)
-        return tuple(torch.cat(parts) for parts in zip(*self._threads.map(run, batch_BCHW.split(1)), strict=True))
+        parts = self._map(run, [batch_BCHW] if self._threads is None else batch_BCHW.split(1))
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+
+    def _map(self, run: Callable[[In], Out], inputs: Sequence[In]) -> list[Out]:
+        """Calls a function on several inputs, without gradients; on CPUs at once, each call on one thread."""
+        if self._threads is not None:
+            return self._threads.map(run, inputs)
+        with torch.no_grad():
+            return [run(x) for x in inputs]
 
 
 class _OneThreadEach:
@@ -143,7 +163,7 @@ class _OneThreadEach:
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
 
-    def map(self, run: Callable[[Tensor], tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def map(self, run: Callable[[In], Out], inputs: Sequence[In]) -> list[Out]:
         if self._pool is None:
             # The setting holds for the thread that makes it; the caller keeps its own.
             self._pool = ThreadPoolExecutor(torch.get_num_threads(), "predict", torch.set_num_threads, (1,))

@@ -84,6 +84,7 @@ def estimate(cfg: Config) -> Estimate:
     evaluations = 1 + (math.ceil(cfg.train.steps / cfg.train.eval_every) - 1 if cfg.train.eval_every else 0)
     final = (cfg.loop.final_steps or cfg.train.steps) - cfg.train.steps
     train_s = (trainings * cfg.train.steps + max(0, final)) * step_s / share + trainings * (evaluations * n_val / images_per_s + START_S)
+    # Counts whole passes; most encoders run once for all of BALD, so its real time is shorter.
     passes = 1 + (cfg.score.bald_passes if "bald" in (*cfg.score.scores, cfg.query.strategy) else 0)
     extra = len(dataset.split(cfg.data.unlabeled_split)) if cfg.data.unlabeled_split else 0
     return Estimate(
@@ -143,7 +144,7 @@ def _time(seconds: float) -> str:
 class _Bare:
     """The loop's session without Ray: one process, nothing kept."""
 
-    rank, world, asynchronous = 0, 1, False
+    rank, world = 0, 1
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

@@ -40,7 +40,6 @@ class Session(Protocol):
     rank: int
     world: int
     device: torch.device
-    asynchronous: bool
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as it is called in the forward pass (DDP where world > 1)."""

@@ -142,7 +142,6 @@ class RaySession:
         self.plan, self.folder, self._log = plan, folder, Log(folder)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if plan.cfg.compute.use_gpu else torch.device("cpu")
-        self.asynchronous = plan.cfg.compute.asynchronous_upload
 
     def wrap(self, model: nn.Module) -> nn.Module:
         # The pseudo-label pass and the student's pass both move batch-norm buffers: broadcasting them would trip autograd.
@@ -164,8 +163,8 @@ class RaySession:
             first += _segment_steps(self.plan)
 
     def report(self, metrics: dict, folder: Path | None) -> None:
-        last = metrics["step"] == self.plan.cfg.train.steps
-        mode = ray.train.CheckpointUploadMode.ASYNC if self.asynchronous and not last else ray.train.CheckpointUploadMode.SYNC
+        background = self.plan.cfg.compute.asynchronous_upload and metrics["step"] != self.plan.cfg.train.steps
+        mode = ray.train.CheckpointUploadMode.ASYNC if background else ray.train.CheckpointUploadMode.SYNC
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None,

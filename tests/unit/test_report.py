@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,214 +11,28 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given, settings, strategies as st
-from matplotlib.figure import Figure
 from PIL import Image
 
-from raysal.archive.tables import labels_schema, manifest_of, queue_schema, read_table, scores_schema, write_table
-from raysal.config import Config, build as build_config
-from raysal.datasets.base import Dataset, Item
-from raysal.datasets.folder import read as read_folder
-from raysal.datasets.synthetic import write_archive
+from raysal.archive.tables import labels_schema, queue_schema, read_table, write_table
+from raysal.datasets.base import Item
 from raysal.errors import InputError
-from raysal.images.masks import encode_mask
-from raysal.labels import IGNORE, S5MARS, LabelSet
-from raysal.model import checkpoint
+from raysal.labels import S5MARS, LabelSet
 from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
-from raysal.query.scores import class_fractions, score_images
-from raysal.query.select import select, strategy_scores
 from raysal.report import build, examples, figures, page, sections
-from raysal.report.asked import THUMBS, THUMBS_IN_ALL, pool_masks, reasons, requests
+from raysal.report.asked import THUMBS, THUMBS_IN_ALL, pool_masks, requests
 from raysal.report.examples import VAL_IMAGES
-from raysal.report.gather import Round, Run, label_set, mean_fractions, number, read_run
-from raysal.report.pictures import Limits, heat, mask_uri, overlay, shrink
-from raysal.report.theme import DARK, LIGHT, THEMES, plain, png, readable_on
+from raysal.report.gather import Round, Run, label_set, mean_fractions, read_run
+from raysal.report.pictures import Limits
+from raysal.report.theme import THEMES, plain, png
 from raysal.report.words import duration, percent
-from raysal.rounds.oracle import buy
 from raysal.train.evaluate import evaluate
+from tests.run_folder import CLASSES, Fabricator, dataset_of, put, tiny_config
 
-CLASSES = S5MARS.classes
 CHARTS = ("learning_curve", "class_iou", "class_balance", "confusion", "reliability", "losses", "agreement", "seconds", "throughput")
 SHEETS = ("val_best", "val_worst", "asked_round_000", "asked_round_001", "pool_masks")
 MB = 2**20
-
-
-# --- a run folder, made of real parts ---------------------------------------------------------------------------------
-
-
-def tiny_config(run: str, **loop: object) -> Config:
-    return build_config(
-        {
-            "name": "tiny <b>run</b>",
-            "run": run,
-            "data": {"synthetic": {"images": 16, "val_images": 5, "size_px": 48}},
-            "model": {"arch": "Unet", "encoder": "tu-mobilenetv3_small_050", "channels_last": False},
-            "loop": {"initial": 4, "per_round": 3, "rounds": 1, "full_miou": 0.8, **loop},
-        }
-    )
-
-
-def put(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-
-
-def dataset_of(run: Path, cfg: Config) -> Dataset:
-    return read_folder(cfg.data.model_copy(update={"root": str(run / "data")}))
-
-
-class Fabricator:
-    """Writes a run folder stage by stage, as the loop does, with an untrained model unless it is given a trained one."""
-
-    def __init__(self, cfg: Config) -> None:
-        self.cfg, self.run = cfg, Path(cfg.run)
-        made = cfg.data.synthetic
-        write_archive(str(self.run / "data"), made.images, made.val_images, made.size_px, made.seed)
-        self.dataset = dataset_of(self.run, cfg)
-        self.pool, self.val = self.dataset.split("train"), self.dataset.split("val")
-        put(self.run / "config.yaml", cfg.to_yaml())
-        put(self.run / "run.json", {"config_digest": cfg.digest(), "raysal_version": "0.1.0", "created_at": "2026-01-02T03:04:05+00:00"})
-        write_table(str(self.run / "manifest.parquet"), manifest_of(self.pool))
-        self.bought: list[pa.Table] = []
-        self.stages = 0
-        self.by_id = {item.id: item for item in self.pool}
-
-    def folder(self, n: int) -> Path:
-        return self.run / "rounds" / f"{n:03d}"
-
-    def stage(self, n: int, name: str, seconds: float, **outputs: object) -> None:
-        self.stages += 1
-        marker = {"stage": name, "round": n, "finished_at": f"2026-01-02T03:04:{self.stages:02d}", "seconds": seconds, "outputs": outputs}
-        put(self.folder(n) / "stages" / f"{name}.json", marker)
-
-    def choose(self, n: int) -> list[Item]:
-        rows: list[dict]
-        if n == 0:
-            rows = [
-                {"id": i.id, "uri": i.image, "strategy": "cold start: random", "score": None, "reasons": []}
-                for i in self.pool[:: len(self.pool) // self.cfg.loop.initial][: self.cfg.loop.initial]
-            ]
-        else:
-            table = read_table(str(self.folder(n - 1) / "scores"))
-            table = table.filter(pa.array([s == "ok" for s in table["status"].to_pylist()]))
-            ids = table["id"].to_pylist()
-            columns = {c: table[c].to_numpy() for c in ("uncertainty", "entropy")}
-            value = strategy_scores(columns, ids, "ueq", 0.5, 0, self.cfg.loop.per_round, 4)
-            rows = [
-                {
-                    "id": ids[i],
-                    "uri": self.by_id[ids[i]].image,
-                    "strategy": "ueq",
-                    "score": float(value[i]),
-                    "reasons": [(c, float(v[i])) for c, v in columns.items()],
-                }
-                for i in select(ids, value, self.cfg.loop.per_round, self.cfg.query, 0)
-            ]
-        rows = [row | {"rank": i + 1, "round": n} for i, row in enumerate(rows)]
-        write_table(str(self.folder(n) / "chosen.parquet"), pa.Table.from_pylist(rows, schema=queue_schema()))
-        self.stage(n, "choose", 0.4)
-        chosen = [self.by_id[str(row["id"])] for row in rows]
-        self.bought.append(buy(self.dataset, chosen, n))
-        write_table(str(self.folder(n) / "labels.parquet"), self.bought[-1])
-        self.stage(n, "buy", 0.2)
-        return chosen
-
-    def evaluate(self, n: int, model: TwoBranch, log: list[dict] | None = None) -> Predictor:
-        info = checkpoint.ModelInfo(S5MARS, self.cfg.model, self.cfg.data.input_scale, 48)
-        digest = checkpoint.save(str(self.folder(n) / "checkpoint"), model, info)
-        predictor = Predictor(model, info)
-        result = evaluate(predictor, self.dataset, self.val, 4).to_dict(CLASSES)
-        put(self.folder(n) / "train" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log or made_up_log(n)))
-        self.stage(n, "train", 61.5 + n)
-        pixels = np.array([row for table in self.bought for row in table["class_pixels"].to_pylist()])
-        metrics = {
-            "round": n, "labels": len(pixels), **result, "checkpoint_digest": digest, "seconds": {"train": 61.5}, "images_per_second": {},
-            "class_images": dict(zip(CLASSES, (pixels > 0).sum(0).tolist(), strict=True)), "pool_uncertainty": 0.12,
-        }  # fmt: skip
-        put(self.folder(n) / "metrics.json", metrics)
-        return predictor
-
-    def score(self, n: int, predictor: Predictor) -> None:
-        have = {i for table in self.bought for i in table["id"].to_pylist()}
-        rows = []
-        for item in (i for i in self.pool if i.id not in have):
-            image = self.dataset.image(item)
-            z1, z2 = predictor.logits([image], "decoder")
-            valid = torch.ones(1, *image.shape[:2], dtype=torch.bool)
-            found = {k: float(v[0]) for k, v in score_images(z1, z2, valid, self.cfg.score).items() if np.ndim(v) == 1}
-            rows.append(
-                {"id": item.id, "uri": item.image, "status": "ok", "width": 48, "height": 48, **found}
-                | {"class_fractions": np.asarray(class_fractions(z1, z2, valid))[0].tolist()}
-            )
-        rows[-1] |= {"status": "decode", "error": "not <i>an</i> image", "uncertainty": None, "entropy": None, "class_fractions": None}
-        table = pa.Table.from_pylist(rows, schema=scores_schema(self.cfg.score.scores))
-        write_table(str(self.folder(n) / "scores" / "part-0.parquet"), table)
-        self.stage(n, "score", 8.1, counts={"ok": len(rows) - 1, "decode": 1}, images_per_second=31.4)
-
-    def label(self, n: int, predictor: Predictor) -> None:
-        rows = []
-        for item in self.pool:
-            prediction = predictor.predict([self.dataset.image(item)])
-            mask = prediction.masks[0].copy()
-            mask[:4] = IGNORE
-            height, width = mask.shape
-            sure, open_ = float(prediction.confidence.mean()), float((mask == IGNORE).mean())
-            row = {"id": item.id, "uri": item.image, "status": "ok", "width": width, "height": height, "mask_png": encode_mask(mask)}
-            rows.append(row | {"confidence": sure, "abstained": open_})
-        half = len(rows) // 2
-        for i, part in enumerate((rows[:half], rows[half:])):
-            write_table(str(self.run / "labels" / f"part-{i}.parquet"), pa.Table.from_pylist(part, schema=labels_schema()))
-        self.stage(n, "label", 5.5, counts={"ok": len(rows)}, images_per_second=25.0)
-
-
-def made_up_log(n: int) -> list[dict]:
-    rng = np.random.default_rng(n)
-    lines: list[dict] = [{"start": 0, "world": 1}]
-    for step in range(5, 105, 5):
-        fall = math.exp(-step / 60) + 0.05 * rng.random()
-        agreement = {c: round(float(rng.random()), 3) for c in CLASSES[:7]}
-        lines.append(
-            {
-                "step": step,
-                "loss": 3 * fall,
-                "sup1": fall,
-                "sup2": 1.1 * fall,
-                "cps": 0.6 * fall,
-                "images_per_second": 20.0,
-                "agreement": agreement,
-            }
-        )
-    return [*lines, {"step": 100, "eval": {"miou": 0.3}}]
-
-
-def fabricate(run: Path) -> Path:
-    torch.set_num_threads(1)
-    made = Fabricator(tiny_config(str(run)))
-    for n in range(2):
-        made.choose(n)
-        predictor = made.evaluate(n, TwoBranch(made.cfg.model, len(CLASSES), seed=n))
-        if n == 0:
-            made.score(n, predictor)
-    made.label(1, predictor)
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two rounds, and its report."""
-    run = fabricate(tmp_path_factory.mktemp("report") / "run")
-    assert build(str(run)) == str(run / "report" / "index.html")
-    return run
-
-
-@pytest.fixture
-def partial(tmp_path: Path) -> Path:
-    """A run that was stopped after its first labels were bought."""
-    made = Fabricator(tiny_config(str(tmp_path / "run")))
-    made.choose(0)
-    return tmp_path / "run"
 
 
 def text_of(run: Path) -> str:
@@ -530,7 +342,7 @@ def test_masks_of_a_large_pool_are_a_spread_over_its_shards(whole: Path) -> None
     assert all(not isinstance(m.picture, str) for m in masks)
 
 
-# --- numbers and pictures ---------------------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def test_reasons_and_fractions_of_a_choice_come_from_the_scores_it_was_made_on(whole: Path) -> None:
@@ -572,89 +384,3 @@ def test_the_label_set_is_the_checkpoints_and_else_the_configurations(whole: Pat
     metrics = {"miou": 0.5, "iou": {"dune": 0.5, "crater": 0.5}}
     unknown = Run(str(tmp_path), rounds=(Round(0, str(tmp_path), metrics, (), (), (), {}),))
     assert label_set(unknown).classes == ("dune", "crater")
-
-
-def test_a_mask_on_the_page_keeps_every_class_id() -> None:
-    mask = np.arange(256, dtype=np.uint8).reshape(16, 16) % 9
-    mask[0, 0] = IGNORE
-    data = base64.b64decode(mask_uri(mask, S5MARS).partition(",")[2])
-    with Image.open(io.BytesIO(data)) as picture:
-        assert np.array_equal(np.asarray(picture.convert("RGB")), S5MARS.colorize(mask))
-
-
-def test_an_overlay_tints_classes_and_greys_what_was_left_open() -> None:
-    photo = np.full((2, 2, 3), (200, 100, 0), dtype=np.uint8)
-    drawn = overlay(photo, np.array([[0, 8], [IGNORE, 0]], dtype=np.uint8), S5MARS, 0.5)
-    assert drawn[0, 0].tolist() == [(200 + 107) // 2, (100 + 142) // 2, 35 // 2]
-    assert drawn[1, 0].tolist() == [60, 60, 60]
-
-
-def test_heat_runs_from_dark_to_bright() -> None:
-    drawn = heat(np.array([[0.0, 0.25, 0.5, 9.0, np.nan]]), 0.5).astype(int).sum(axis=2)[0]
-    assert drawn[0] < drawn[1] < drawn[2] == drawn[3]
-    assert drawn[4] == drawn[0]
-
-
-@settings(deadline=None)
-@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 300))
-def test_shrinking_keeps_to_the_side_and_to_the_classes(height: int, width: int, side: int) -> None:
-    mask = (np.arange(height * width) % 5).astype(np.uint8).reshape(height, width)
-    small = shrink(mask, side, smooth=False)
-    assert max(small.shape) <= max(side, 1) or small.shape == mask.shape
-    assert set(np.unique(small)) <= set(range(5))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.04, "under 1 s"), (5.25, "5.2 s"), (9.97, "10 s"), (59.4, "59 s"), (724, "12 min 4 s"), (12_000, "3 h 20 min"), (None, "–")],
-)
-def test_times_are_said_as_people_say_them(seconds: float | None, said: str) -> None:
-    assert duration(seconds) == said
-
-
-@settings(deadline=None)
-@given(st.one_of(st.none(), st.text(), st.booleans(), st.lists(st.integers()), st.floats(), st.integers(), st.just(10**400)))
-def test_a_number_from_a_file_is_finite_or_no_number(value: object) -> None:
-    found = number(value)
-    assert math.isnan(found) or (math.isfinite(found) and found == float(value))  # type: ignore[arg-type]
-
-
-def test_reasons_are_read_from_maps_however_they_arrive() -> None:
-    assert reasons({"reasons": [("entropy", 0.5), ("nothing", None)]}) == [("entropy", 0.5)]
-    assert reasons({"reasons": {"entropy": 0.5}}) == [("entropy", 0.5)]
-    assert reasons({}) == []
-
-
-def label_texts(fig: Figure) -> str:
-    return " ".join(str(t.get_text()) for ax in fig.axes for t in (*ax.texts, ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels()))
-
-
-@settings(deadline=None, max_examples=20)
-@given(rounds=st.integers(1, 12), full=st.sampled_from([None, 0.8]))
-def test_the_learning_curve_names_both_axes_and_full_supervision(rounds: int, full: float | None) -> None:
-    labels = 16.0 * np.arange(1, rounds + 1)
-    fig = figures.learning_curve(labels, np.linspace(0.1, 0.7, rounds), 400, full, LIGHT)
-    ax = fig.axes[0]
-    assert "labels bought" in ax.get_xlabel()
-    assert "mIoU (%)" in ax.get_ylabel()
-    assert ("full supervision 80.0" in label_texts(fig)) == bool(full)
-    assert np.asarray(ax.lines[0].get_ydata())[-1] == pytest.approx(70.0 if rounds > 1 else 10.0)
-    assert bool(ax.child_axes) == bool(full)
-
-
-def test_heat_maps_write_each_number_and_say_where_there_is_none() -> None:
-    fig = figures.class_iou(["0", "1"], ("sky", "soil"), ((0, 0, 0), (255, 255, 255)), np.array([[0.5, np.nan], [0.754, 0.001]]), DARK)
-    assert [t.get_text() for t in fig.axes[0].texts] == ["50", "75", "n/a", "0"]
-    fig = figures.confusion(("sky", "soil"), ((0, 0, 0), (255, 255, 255)), np.array([[3, 1], [0, 0]]), DARK)
-    assert [t.get_text() for t in fig.axes[0].texts] == ["75", "25", "n/a", "n/a"]
-
-
-@settings(deadline=None)
-@given(st.tuples(*[st.integers(0, 255)] * 3))
-def test_numbers_in_cells_stand_out_from_them(rgb: tuple[int, int, int]) -> None:
-    def luminance(channels: np.ndarray) -> float:
-        return float(np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
-
-    text = 1.0 if readable_on((rgb[0] / 255, rgb[1] / 255, rgb[2] / 255)) == "#ffffff" else 0.0056
-    high, low = sorted([text, luminance(np.array(rgb) / 255)], reverse=True)
-    assert (high + 0.05) / (low + 0.05) >= 4

@@ -181,3 +181,23 @@ def test_mc_logits_of_an_image_follow_its_seed_and_nothing_else(model: TwoBranch
     assert not torch.equal(together[0][0], together[1][0])
     other = next(iter(predictor.mc_logits(images[2:], [8], 1, "decoder")))
     assert not torch.equal(other[0], alone[0][0])
+
+
+@pytest.mark.parametrize("drop_in_encoder", [False, True])
+def test_mc_logits_are_those_of_the_whole_network_under_dropout(drop_in_encoder: bool) -> None:
+    model = TwoBranch(MODEL, 4, seed=1).eval()
+    if drop_in_encoder:
+        for branch in model.branches:
+            branch.encoder.layer4.append(nn.Dropout2d(0.5))
+        model.eval()
+    encoded: list[int] = []
+    model.branches[0].encoder.register_forward_hook(lambda *_: encoded.append(1))
+    predictor, image = Predictor(model, info()), pictures(1, 40, 32)
+    found = list(predictor.mc_logits(image, [9], 3))
+    assert len(encoded) == (3 if drop_in_encoder else 1)
+    torch.set_num_threads(1)
+    for t, (z1, z2) in enumerate(found):
+        with torch.no_grad(), mc_dropout(model), torch.random.fork_rng():
+            torch.manual_seed((9 + t * 0x9E3779B97F4A7C15) % 2**63)
+            w1, w2 = model(to_batch(image))
+        assert torch.equal(z1, w1) and torch.equal(z2, w2)

@@ -1,0 +1,26 @@
+"""What several unit tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raysal.report import build
+from tests.run_folder import Fabricator, fabricate, tiny_config
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two rounds, and its report."""
+    run = fabricate(tmp_path_factory.mktemp("report") / "run")
+    assert build(str(run)) == str(run / "report" / "index.html")
+    return run
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> Path:
+    """A run that was stopped after its first labels were bought."""
+    made = Fabricator(tiny_config(str(tmp_path / "run")))
+    made.choose(0)
+    return tmp_path / "run"
