@@ -3,17 +3,28 @@
     python benchmarks/marsscapes_loop.py --data PATH/mars --weights PATH/tf_efficientnet_lite0.safetensors
 
 PATH/mars holds MarsScapes tiles in raysal's folder layout (docs/datasets.md). Killed and started again with the same --run, it goes on.
+What is kept names no path of this machine: DATA, WEIGHTS and RUN stand for them.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from common import Claim, options, write
+from common import Claim, options, scrub, write
+
+
+def keep(run: Path, report: Path, out: Path, places: Mapping[str, str]) -> list[dict]:
+    """Copies a run's metrics and its report without paths of this machine. Returns the metrics by round."""
+    out.mkdir(parents=True, exist_ok=True)
+    rounds = [json.loads(scrub((folder / "metrics.json").read_text(), places)) for folder in sorted((run / "rounds").iterdir())]
+    for metrics in rounds:
+        (out / f"metrics-round-{metrics['round']}.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (out / "report.html").write_text(scrub(report.read_text(encoding="utf-8"), places), encoding="utf-8")
+    return rounds
 
 
 def main() -> None:
@@ -28,14 +39,8 @@ def main() -> None:
     command = [sys.executable, "-m", "raysal", "loop", "--config", str(config), "--json", *(x for s in settings for x in ("--set", s))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout)
-    kept = args.out / "marsscapes_loop"
-    kept.mkdir(parents=True, exist_ok=True)
-    rounds = []
-    for folder in sorted((Path(args.run) / "rounds").iterdir()):
-        metrics = json.loads((folder / "metrics.json").read_text())
-        rounds.append(metrics)
-        (kept / f"metrics-round-{metrics['round']}.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    shutil.copy(Path(result["report"]), kept / "report.html")
+    places = {"DATA": args.data, "WEIGHTS": args.weights, "RUN": args.run}
+    rounds = keep(Path(args.run), Path(result["report"]), args.out / "marsscapes_loop", places)
     classes = list(rounds[-1]["iou"])
     lines = ["| round | labels | val mIoU | " + " | ".join(classes) + " | train s | score s |", "|---" * (len(classes) + 5) + "|"]
     for m in rounds:
@@ -53,7 +58,7 @@ def main() -> None:
         "\n".join(lines)
         + "\n\nIoU by class; one seed; the model is the last checkpoint, val is for reporting only. The report: marsscapes_loop/report.html"
     )
-    write("marsscapes_loop", "The loop on real Curiosity tiles (MarsScapes)", claims, args.out, notes)
+    write("marsscapes_loop", "The loop on real Curiosity tiles (MarsScapes)", claims, args.out, notes, places)
 
 
 if __name__ == "__main__":

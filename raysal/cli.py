@@ -61,9 +61,12 @@ def loop(config: ConfigFile, set_: Set = [], dry_run: DryRun = False, json_: Jso
 def train(
     config: ConfigFile,
     labels: Annotated[
-        str | None,
-        typer.Option(help="Images to learn from: a text file of names, or a labels.parquet of a run. Default: the whole pool split."),
-    ] = None,
+        list[str],
+        typer.Option(
+            help="Images to learn from: a run folder (all that it bought), a labels.parquet of one of its rounds, or a text file of names. "
+            "Repeatable. Default: the whole pool split."
+        ),
+    ] = [],  # noqa: B006
     set_: Set = [],  # noqa: B006
     json_: Json = False,
 ) -> None:
@@ -85,7 +88,9 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder (any fsspec URI).")],
     dataset: Annotated[str, typer.Argument(help="Data set folder (any fsspec URI).")],
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
-    reader: Annotated[str, typer.Option(help="Layout: folder, s5mars or ai4mars.")] = "folder",
+    reader: Annotated[
+        str | None, typer.Option(help="Layout: folder, s5mars or ai4mars. Default: that of --config, without one: folder.")
+    ] = None,
     config: OptionalConfig = None,
     set_: Set = [],  # noqa: B006
     json_: Json = False,
@@ -96,17 +101,21 @@ def evaluate(
     """
     from raysal.rounds.single import evaluate_checkpoint
 
-    cfg, ui = load(config, [f"data.reader={reader}", f"data.root={json.dumps(dataset)}", *set_]), _ui(json_)
+    layout = [f"data.reader={json.dumps(reader)}"] if reader is not None else []
+    cfg, ui = load(config, [f"data.root={json.dumps(dataset)}", *layout, *set_]), _ui(json_)
+    if cfg.data.reader == "synthetic":  # scenes that were drawn are a folder like any other; none are drawn for an evaluation
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"reader": "folder"})})
     with ui:
         result = evaluate_checkpoint(checkpoint, cfg, split, ui.progress)
-    lines = [f"{name:>14}  {_number(value)}" for name, value in result["iou"].items()]
-    ui.result(result, "\n".join([f"mIoU {_number(result['miou'])} on {result['images']} images of {split!r}", "IoU by class:", *lines]))
+    ui.result(result, lambda: print(_measured(result), flush=True))
 
 
 @app.command()
 def score(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder (any fsspec URI).")],
-    manifest: Annotated[str, typer.Argument(help="manifest.parquet, or a folder of images.")],
+    manifest: Annotated[
+        str, typer.Argument(help="Folder of images, or any Parquet with id and uri: a manifest, also scores or labels that are fed back.")
+    ],
     out: Annotated[str, typer.Option(help="Folder for the scores table.")],
     config: OptionalConfig = None,
     set_: Set = [],  # noqa: B006
@@ -136,8 +145,14 @@ def query(
     scores: Annotated[str, typer.Argument(help="Scores table: a folder or file of Parquet.")],
     budget: Annotated[int, typer.Option(min=1, help="Images to choose.")],
     out: Annotated[str, typer.Option(help="Parquet file for the queue.")],
-    strategy: Annotated[str, typer.Option(help="random, entropy, uncertainty, ueq, ...; see docs/method.md.")] = "ueq",
-    labeled: Annotated[str | None, typer.Option(help="Labels that exist already (a labels.parquet): never chosen again.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="random, entropy, uncertainty, ueq, ...; see docs/method.md. Default: that of --config, without one: ueq."),
+    ] = None,
+    labeled: Annotated[
+        list[str],
+        typer.Option(help="Labels that exist already (a run folder, or a labels.parquet): never chosen again. Repeatable."),
+    ] = [],  # noqa: B006
     manifest: Annotated[str | None, typer.Option(help="Manifest with sites and drives, for query.group_cap.")] = None,
     config: OptionalConfig = None,
     set_: Set = [],  # noqa: B006
@@ -149,11 +164,12 @@ def query(
     """
     from raysal.rounds.single import query_scores
 
-    cfg, ui = load(config, [f"query.strategy={strategy}", *set_]), _ui(json_)
+    asked = [f"query.strategy={json.dumps(strategy)}"] if strategy is not None else []
+    cfg, ui = load(config, [*asked, *set_]), _ui(json_)
     rows = query_scores(scores, cfg, budget, out, labeled, manifest)
     text = "\n".join(f"{r['rank']:>5}  {_number(r['score'])}  {r['uri']}" for r in rows[:20])
     more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
-    ui.result({"queue": out, "chosen": rows}, f"{text}{more}\nqueue {out}: {len(rows)} images by {strategy}")
+    ui.result({"queue": out, "chosen": rows}, f"{text}{more}\nqueue {out}: {len(rows)} images by {cfg.query.strategy}")
 
 
 @app.command()
@@ -173,7 +189,7 @@ def synth(
 
     ui = _ui(json_)
     with ui:
-        ui.stage(0, "synth", "start", 0)
+        ui.stage(None, "synth", "start", 0)
         write_archive(out, images, val_images, size, seed, progress=lambda done, total: ui.progress(done, total, {}))
     ui.result({"archive": out, "images": images, "val_images": val_images}, f"archive {out}: {images} + {val_images} scenes of {size} px")
 
@@ -246,6 +262,31 @@ def _ui(as_json: bool) -> Ui:
 
 def _number(value: Any) -> str:
     return "  -  " if value is None else f"{value:.4f}"
+
+
+def _measured(result: dict) -> str:
+    """What an evaluation found, for people: mIoU, calibration error, IoU by class, and the confusion in percent of each true class."""
+    names = list(result["iou"])
+    widths = [max(5, len(name)) for name in names]
+    return "\n".join(
+        [
+            f"mIoU {_number(result['miou'])} on {result['images']} images of {result['split']!r}",
+            f"calibration error (ECE) {_number(result['calibration']['ece'])}",
+            "IoU by class:",
+            *(f"{name:>14}  {_number(value)}" for name, value in result["iou"].items()),
+            "confusion, % of the pixels of each true class (rows) by predicted class (columns):",
+            " " * 14 + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True)),
+            *(
+                f"{name:>14}" + "".join(f"  {cell:>{width}}" for cell, width in zip(_shares(row), widths, strict=True))
+                for name, row in zip(names, result["confusion"], strict=True)
+            ),
+        ]
+    )
+
+
+def _shares(row: list[int]) -> list[str]:
+    """Percent of a row's sum; a class that no truth shows has none."""
+    return [f"{100 * n / sum(row):.1f}" if any(row) else "-" for n in row]
 
 
 def _quiet() -> None:

@@ -95,6 +95,12 @@ def check_training(compute: ComputeConfig) -> None:
         return
     have = ray.cluster_resources()
     need = workers * compute.cpus_per_worker + INGEST_CPUS
+    fit = sum(int(float(node["Resources"].get("CPU", 0)) // compute.cpus_per_worker) for node in ray.nodes() if node["Alive"])
+    if have.get("CPU", 0) >= need and fit < workers:  # a worker can't be spread over nodes
+        raise ResourceError(
+            f"{workers} train workers of {compute.cpus_per_worker:g} CPUs each: the cluster has {have.get('CPU', 0):g} CPUs, but its nodes "
+            f"have room for only {fit} such workers; lower compute.cpus_per_worker or compute.train_workers"
+        )
     if have.get("CPU", 0) < need:
         raise ResourceError(
             f"{workers} train workers x {compute.cpus_per_worker:g} CPUs + {INGEST_CPUS:g} for decoding = {need:g} CPUs, "

@@ -52,7 +52,7 @@ class DataConfig(Section):
     reader: Reader = "synthetic"  # the layout on disk; `folder` is images/ + masks/ + splits.json
     root: str | None = None  # path or fsspec URI of the data set; not used by `synthetic`
     label_set: str | None = None  # s5mars, ai4mars, marsscapes or a JSON file; null: the reader's own (folder: classes.json)
-    pool_split: str = "train"  # images that may be bought; their labels are read only once bought
+    pool_split: str = "train"  # images that may be bought; no query sees a label that is not
     val_split: str = "val"  # images for metrics; never for choosing what to buy
     unlabeled_split: str | None = None  # more images for the unlabelled loss only, never bought (folder: "unlabeled")
     s5mars_preset: Literal["5400", "5000/200/800", "5000/500/500"] = "5000/200/800"  # which published split, see docs/datasets.md
@@ -159,7 +159,7 @@ class ScoreConfig(Section):
     scores: tuple[str, ...] = ("entropy", "uncertainty", "least_confidence", "margin", "disagreement")  # columns to compute
     aggregate: Literal["mean", "sum", "top_q"] = "mean"  # from pixels to an image; top_q finds small odd things
     top_q: Annotated[float, Field(gt=0, le=1)] = 0.05  # share of the most uncertain pixels that top_q averages
-    resolution: Literal["decoder", "full"] = "decoder"  # decoder: logits before the last upsampling, 16x less memory, same ranking
+    resolution: Literal["decoder", "full"] = "decoder"  # decoder: before the last upsampling, 16x less memory, nearly the same ranks
     bald_passes: Annotated[int, Field(ge=2)] = 10  # T of MC dropout
     class_bonus: bool = False  # weight pixels by 1/sqrt(1 + labelled images that hold their class)
     ueq_alpha: Fraction = 0.5  # weight of branch uncertainty against entropy in every ueq variant

@@ -67,9 +67,9 @@ class Ui:
     def warning(self, text: str) -> None:
         self.say(f"warning: {text}")
 
-    def stage(self, round_: int, name: str, what: str, seconds: float) -> None:
+    def stage(self, round_: int | None, name: str, what: str, seconds: float) -> None:
         words = WORDS.get(name, name)
-        self._title, self._said = f"round {round_}: {words}" if name != "synth" else words, time.monotonic()
+        self._title, self._said = words if round_ is None else f"round {round_}: {words}", time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
@@ -117,6 +117,12 @@ class Ui:
                 f"{seconds.get('train', 0) + seconds.get('final', 0):.0f}", f"{seconds['score']:.0f}" if "score" in seconds else "-",
             )  # fmt: skip
         self.out.print(table)
-        reason = {"rounds": "all rounds done", "target": "target reached", "no gain": "no more gain", "uncertainty": "the model is certain"}
+        reason = {
+            "rounds": "all rounds done",
+            "target": "target reached",
+            "no gain": "no more gain",
+            "uncertainty": "the model is certain",
+            "pool": "no image left to ask for",
+        }
         for name, where in (("ended", reason[outcome.stopped]), ("report", page), ("masks", outcome.labels), ("model", outcome.checkpoint)):
             self.out.print(f"{name:>7}  {where}", highlight=False, soft_wrap=True, markup=False)

@@ -77,7 +77,7 @@ class Fabricator:
         rows: list[dict]
         if n == 0:
             rows = [
-                {"id": i.id, "uri": i.image, "strategy": "cold start: random", "score": None, "reasons": []}
+                {"id": i.id, "uri": i.image, "strategy": "random start", "score": None, "reasons": []}
                 for i in self.pool[:: len(self.pool) // self.cfg.loop.initial][: self.cfg.loop.initial]
             ]
         else:

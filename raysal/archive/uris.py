@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import uuid
@@ -10,7 +11,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from raysal.errors import ImageError, InputError
+from raysal.errors import ImageError, InputError, RaysalError
 
 
 def open_fs(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -91,12 +92,24 @@ def write_bytes(uri: str, data: bytes) -> None:
     Local files go through a temporary name, fsync and rename; object stores put a whole object at once.
 
     Raises:
-        InputError: The disk is full (the message says how much was asked).
+        InputError: The disk is full (the message says how much was asked), or nothing may or can be written there.
+        RaysalError: The store does not answer.
     """
     fs, path = open_fs(uri)
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
-        return
+    try:
+        if isinstance(fs, LocalFileSystem):
+            _write_local(path, data)
+        else:
+            fs.pipe_file(path, data)
+    except (ConnectionError, TimeoutError) as error:
+        raise RaysalError(f"{uri}: can't be written: {error}; run the same command again once the store answers") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"{uri}: no space left for {len(data)} bytes; free some and run the same command again") from error
+        raise InputError(f"{uri}: can't be written: {_cause(error)}") from error
+
+
+def _write_local(path: str, data: bytes) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -105,12 +118,21 @@ def write_bytes(uri: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except OSError:
         if os.path.exists(temporary):
             os.unlink(temporary)
-        if error.errno == 28:  # ENOSPC
-            raise InputError(f"{uri}: no space left for {len(data)} bytes; free some and run the same command again") from error
         raise
+
+
+def _cause(error: OSError) -> str:
+    """Why a file could not be written, and what to do about it."""
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return f"{error.filename or 'part of its path'} is a file, not a folder; name another place"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder; name a file in it"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return f"{error.strerror or error}; name a place where you may write, or ask for the right to"
+    return f"{error.strerror or error}; name a place where files can be made"
 
 
 def remove_tree(uri: str) -> None:

@@ -22,7 +22,7 @@ class Item:
     Attributes:
         name: Its name inside the data set; stable over machines.
         image: URI of the image.
-        mask: URI of its label mask, None where there is none. Only the oracle and the metrics read it.
+        mask: URI of its label mask, None where there is none. No query sees it: the opening check, the oracle and the metrics read it.
         exclude: URIs of masks known without labels (rover body, range): non-zero pixels are not valid.
         group: Site and drive or panorama; query caps and group splits use it. Empty where unknown.
     """

@@ -68,13 +68,14 @@ def check(
     pool: Collection[str] = ("train", "unlabeled"),
     unlabeled: Collection[str] = ("unlabeled",),
 ) -> list[str]:
-    """Looks at every image's header and every mask of some splits before long work starts.
+    """Looks at every mask, every image's header, and every image to measure on, before long work starts.
 
     Args:
         dataset: What to check.
         splits: Names of the splits that the work will use.
         n: Look at only this many images of each split, spread evenly; None looks at all.
-        pool: Splits whose unreadable images are only warned of, since a pool's bad images become rows with a status.
+        pool: Splits whose unreadable images are only warned of, since a pool's bad images become rows with a status. Only headers are
+            read there; images of other splits are decoded.
         unlabeled: Splits whose images need no mask.
 
     Returns:
@@ -91,8 +92,8 @@ def check(
         chosen = all_items if n is None or n >= len(all_items) else [all_items[i * len(all_items) // n] for i in range(n)]
         needs_mask = split not in unlabeled
 
-        def look(item: Item, needs_mask: bool = needs_mask) -> Look:
-            return _look(dataset, item, needs_mask)
+        def look(item: Item, needs_mask: bool = needs_mask, decode: bool = split not in pool) -> Look:
+            return _look(dataset, item, needs_mask, decode)
 
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
             looks = list(threads.map(look, chosen))
@@ -118,9 +119,9 @@ class Look:
     pixels_C: np.ndarray | None = None
 
 
-def _look(dataset: Dataset, item: Item, needs_mask: bool) -> Look:
+def _look(dataset: Dataset, item: Item, needs_mask: bool, decode: bool) -> Look:
     try:
-        shape_HW = _size(item.image, dataset.max_pixels)
+        shape_HW = dataset.image(item).shape[:2] if decode else _size(item.image, dataset.max_pixels)
         if item.mask is None and not needs_mask:
             dataset.valid(item, shape_HW)
             return Look()

@@ -29,6 +29,8 @@ POOL_PX = 256
 SHARDS_READ = 12
 
 WORDS = {
+    "random start": "drawn by lot",
+    "typical start": "one typical image from each group of look-alikes",
     "random": "drawn by lot",
     "bald": "where the model changes its mind when parts of it are switched off (MC dropout)",
     "uncertainty": "where the two branches disagree most",
@@ -41,8 +43,8 @@ WORDS = {
     "ueq_gated": "where the answer is undecided on pixels that the branches name differently",
     "ueq_product": "where the branches disagree and their joint answer is undecided, multiplied",
     "ueq_cascade": "first the most undecided, of those the ones on which the branches disagree most",
-    "typical": "one typical image from each group of look-alikes",
 }
+"""What each strategy asks for, under the names that `raysal.rounds.choose` writes into a queue."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _request(run: Run, this: Round, most: int, limits: Limits, n_classes: int) -
     fractions = _fractions(run, this, {str(row.get("id")) for row in shown}, n_classes)
     strategy = str(this.chosen[0].get("strategy") or "")
     images = tuple(_asked(row, picture, fractions) for row, picture in zip(shown, pictures, strict=True))
-    return Request(this.number, strategy, WORDS.get(strategy.removeprefix("cold start: "), ""), len(this.chosen), images)
+    return Request(this.number, strategy, WORDS.get(strategy, ""), len(this.chosen), images)
 
 
 def _asked(row: Json, picture: np.ndarray | str, fractions: Mapping[str, np.ndarray]) -> Asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -51,7 +52,7 @@ def choose(table: pa.Table, bought: Collection[str], cfg: Config, budget: int, g
         value,
         budget,
         cfg.query,
-        cfg.seed,
+        cfg.seed + len(bought),  # `power` draws anew each round: an image out of luck once is not out of luck for ever
         embeddings=embeddings(rest) if spread else None,
         labeled_embeddings=embeddings(table.take(pa.array(known))) if spread and len(known) else None,
         groups=[groups.get(i, "") for i in rest_ids] if cfg.query.group_cap else None,
@@ -66,6 +67,16 @@ def choose(table: pa.Table, bought: Collection[str], cfg: Config, budget: int, g
         }
         for i in picked
     ]
+
+
+def available(table: pa.Table, bought: Collection[str], cfg: Config, groups: Mapping[str, str]) -> int:
+    """How many images of a scores table `choose` can choose at most: readable, not bought, within query.group_cap."""
+    ids = table["id"].to_pylist()
+    rest = [ids[i] for i in offered(ids, table["status"].to_pylist(), bought)]
+    if not cfg.query.group_cap:
+        return len(rest)
+    sizes = Counter(groups.get(i, "") for i in rest)
+    return sizes.pop("", 0) + sum(min(cfg.query.group_cap, n) for n in sizes.values())
 
 
 def random_start(dataset: Dataset, pool: Sequence[Item], budget: int, seed: int) -> list[dict]:
@@ -111,7 +122,7 @@ def _first(id_: str, uri: str, strategy: str) -> dict:
 
 def _readable(dataset: Dataset, item: Item) -> bool:
     try:
-        dataset.image(item)
+        dataset.valid(item, dataset.image(item).shape[:2])
     except ImageError:
         return False
     return True

@@ -17,12 +17,12 @@ from typing import Any
 import yaml
 
 import raysal
-from raysal.archive.uris import absolute, exists, is_local, join, list_names, read_bytes, write_bytes
+from raysal.archive.uris import absolute, exists, is_local, join, list_names, read_bytes, remove_tree, write_bytes
 from raysal.config import Config, build
 from raysal.errors import ConfigError, InputError
 
-OnStage = Callable[[int, str, str, float], None]
-"""Called with (round, stage, "start" | "done" | "kept", seconds)."""
+OnStage = Callable[[int | None, str, str, float], None]
+"""Called with (round or None, stage, "start" | "done" | "kept", seconds)."""
 
 EXTENDABLE = {"rounds", "target_miou", "no_gain_rounds", "min_gain", "uncertainty_below", "full_miou"}
 """Knobs of ``loop`` that may change between two calls on one run: they only say how far to go."""
@@ -39,27 +39,38 @@ class Ledger:
     def __init__(self, run: str, on_stage: OnStage | None = None) -> None:
         self.run, self.on_stage = absolute(run), on_stage or (lambda *_: None)
 
-    def folder(self, round_: int) -> str:
-        return join(self.run, "rounds", f"{round_:03d}")
+    def folder(self, round_: int | None) -> str:
+        """Of a round, or of the whole run for stages that belong to no round."""
+        return self.run if round_ is None else join(self.run, "rounds", f"{round_:03d}")
 
-    def open(self, cfg: Config) -> None:
-        """Records the configuration, or checks that the run was begun with the same.
+    def check(self, cfg: Config, kind: str, labels: str | None = None) -> None:
+        """Checks that the run, where it was begun before, is the same one. Changes nothing.
+
+        Args:
+            cfg: The whole configuration.
+            kind: The command that owns the run: ``loop`` or ``train``.
+            labels: Digest of the labels that it was given, where it was given some.
 
         Raises:
-            ConfigError: The run was begun with other values; each is named.
+            ConfigError: The run was begun by another command, with other labels, or with other values; each is named.
         """
+        other = "use another run folder (run=...)"
+        if exists(join(self.run, "run.json")):
+            notes = self.notes()
+            if notes["kind"] != kind:
+                raise ConfigError(f"{self.run} was begun by `raysal {notes['kind']}`, not by `raysal {kind}`; {other}")
+            if notes["labels"] != labels:
+                raise ConfigError(f"{self.run} was begun with other labels (--labels); {other} or give the same again")
         uri = join(self.run, "config.yaml")
-        if exists(uri):
-            before = build(yaml.safe_load(read_bytes(uri)), uri)
-            if changed := _differences(before, cfg):
-                raise ConfigError(
-                    f"{self.run} was begun with another configuration; use another run folder (run=...) or put these back:\n  "
-                    + "\n  ".join(changed)
-                )
-        write_bytes(uri, cfg.to_yaml().encode())
-        uri = join(self.run, "run.json")
-        if not exists(uri):
-            write_json(uri, {"config_digest": cfg.digest(), "raysal_version": raysal.__version__, "created_at": _now()})
+        if exists(uri) and (changed := _differences(build(yaml.safe_load(read_bytes(uri)), uri), cfg)):
+            raise ConfigError(f"{self.run} was begun with another configuration; {other} or put these back:\n  " + "\n  ".join(changed))
+
+    def open(self, cfg: Config, kind: str, labels: str | None = None) -> None:
+        """Records what `check` compares. Called once nothing more can be refused: a refused run must leave no trace to trip over."""
+        write_bytes(join(self.run, "config.yaml"), cfg.to_yaml().encode())
+        if not exists(join(self.run, "run.json")):
+            about = {"kind": kind, "labels": labels, "config_digest": cfg.digest()}
+            write_json(join(self.run, "run.json"), about | {"raysal_version": raysal.__version__, "created_at": _now()})
 
     def note(self, **values: object) -> None:
         """Adds to run.json what a reader of the run should know: warnings, why it ended."""
@@ -70,12 +81,16 @@ class Ledger:
         found: dict[str, Any] = read_json(join(self.run, "run.json"))
         return found
 
-    def done(self, round_: int, stage: str) -> dict[str, Any] | None:
+    def done(self, round_: int | None, stage: str) -> dict[str, Any] | None:
         """Outputs of a finished stage, None where it is not finished."""
         uri = join(self.folder(round_), "stages", f"{stage}.json")
         return read_json(uri)["outputs"] if exists(uri) else None
 
-    def stage(self, round_: int, name: str, work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    def forget(self, round_: int | None, stage: str) -> None:
+        """Has a finished stage done again."""
+        remove_tree(join(self.folder(round_), "stages", f"{stage}.json"))
+
+    def stage(self, round_: int | None, name: str, work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
         """Does a stage once. `work` gets the round's folder and returns small JSON-able outputs; returns them, now or from the marker."""
         kept = self.done(round_, name)
         if kept is not None:
@@ -105,8 +120,12 @@ class Ledger:
         if not is_local(self.run):  # object stores have no locks: one driver a run is the operator's promise there
             yield
             return
-        os.makedirs(self.run, exist_ok=True)
-        with open(os.path.join(self.run, ".lock"), "a+") as file:
+        try:
+            os.makedirs(self.run, exist_ok=True)
+            file = open(os.path.join(self.run, ".lock"), "a+")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise InputError(f"{self.run}: no run folder can be made there ({error.strerror}); give another one (run=...)") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -10,7 +10,6 @@ until the rounds are done, the target is met or a stopping rule speaks. Everythi
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,20 +18,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raysal import cluster
 from raysal.archive.tables import manifest_of, queue_schema, read_table, write_table
-from raysal.archive.uris import is_local, join, remove_tree
+from raysal.archive.uris import join, remove_tree
 from raysal.config import Config, ScoreConfig
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check
-from raysal.errors import DataError, ResourceError
+from raysal.errors import DataError
 from raysal.model import checkpoint
 from raysal.model.network import TwoBranch
 from raysal.query.scores import needed_columns, rarity_bonus
-from raysal.rounds.choose import choose, random_start, typical_start
+from raysal.query.select import offered
+from raysal.rounds.choose import available, choose, random_start, typical_start
 from raysal.rounds.ledger import Ledger, OnStage, write_json
 from raysal.rounds.oracle import buy
+from raysal.rounds.preflight import preflight, preflight_rounds
 from raysal.stream.label import label_pool
+from raysal.stream.pool import finished_by
 from raysal.stream.score import score_pool
 from raysal.train.loop import model_info
 from raysal.train.plan import Plan
@@ -63,7 +64,7 @@ class Outcome:
     Attributes:
         run: URI of the run folder.
         rounds: metrics.json of each round.
-        stopped: Why it ended: "rounds", "target", "no gain" or "uncertainty".
+        stopped: Why it ended: "rounds", "target", "no gain", "uncertainty", or "pool" where no image is left to ask for.
         checkpoint: URI of the final checkpoint.
         labels: URI of the masks of the pool.
     """
@@ -93,16 +94,22 @@ def open_data(cfg: Config, on_warning: Callable[[str], None]) -> tuple[Dataset, 
     Raises:
         DataError: A split is empty, a mask is missing or wrong, or the budget is larger than the pool.
     """
+    if cfg.data.reader == "synthetic":  # before any scene is drawn
+        _check_budget(cfg, cfg.data.synthetic.images)
     dataset = build(cfg.data, cfg.run)
     pool, val = dataset.split(cfg.data.pool_split), dataset.split(cfg.data.val_split)
-    if cfg.budget > len(pool):
-        raise DataError(
-            f"the budget is {cfg.loop.initial} + {cfg.loop.rounds} x {cfg.loop.per_round} = {cfg.budget} labels, "
-            f"but the pool ({cfg.data.pool_split!r}) has {len(pool)} images; lower loop.initial, loop.rounds or loop.per_round"
-        )
+    _check_budget(cfg, len(pool))
     for warning in check(dataset, (cfg.data.pool_split, cfg.data.val_split), pool={cfg.data.pool_split}):
         on_warning(warning)
     return dataset, pool, val
+
+
+def _check_budget(cfg: Config, pool: int) -> None:
+    if cfg.budget > pool:
+        raise DataError(
+            f"the budget is {cfg.loop.initial} + {cfg.loop.rounds} x {cfg.loop.per_round} = {cfg.budget} labels, "
+            f"but the pool ({cfg.data.pool_split!r}) has {pool} images; lower loop.initial, loop.rounds or loop.per_round"
+        )
 
 
 class _Loop:
@@ -111,13 +118,12 @@ class _Loop:
         self.cfg = cfg.model_copy(update={"run": ledger.run, "score": _with_needed_scores(cfg)})
 
     def run(self) -> Outcome:
-        self.ledger.open(self.cfg)
-        self.warnings |= dict.fromkeys(self.ledger.notes().get("warnings", []))
+        self.ledger.check(self.cfg, "loop")
         self.dataset, self.pool, self.val = open_data(self.cfg, self._warn)
         self.by_id = {item.id: item for item in self.pool}
-        cluster.check_training(self.cfg.compute)
-        cluster.score_actors(self.cfg.compute)
-        _check_disk(self.cfg, self.dataset.label_set.n_classes)
+        preflight_rounds(self.cfg, self.pool, preflight(self.cfg, self.dataset))
+        self.ledger.open(self.cfg, "loop")
+        self.warnings |= dict.fromkeys(self.ledger.notes().get("warnings", []))
         write_table(join(self.ledger.run, "manifest.parquet"), manifest_of(self.pool))
         outcome = Outcome(self.ledger.run)
         bought: list[pa.Table] = []
@@ -134,11 +140,13 @@ class _Loop:
             outcome.stopped = self._stop(outcome.rounds) or "rounds"
             more = round_ < self.cfg.loop.rounds
             if more and outcome.stopped == "rounds":
-                self.ledger.stage(round_, "score", partial(self._score, trained["checkpoint"], bought))
+                scored = self.ledger.stage(round_, "score", partial(self._score, trained["checkpoint"], bought))
                 metrics = self._metrics(round_, bought, trained)
                 outcome.rounds[-1] = metrics
                 if self._confident(metrics):
                     outcome.stopped = "uncertainty"
+                elif not scored["left"]:
+                    outcome.stopped = "pool"
             self.watcher.on_round(metrics)
             if outcome.stopped != "rounds":
                 break
@@ -154,9 +162,11 @@ class _Loop:
         """Ids to buy next: from a cold start, or from the scores of the round before. Never reads a label."""
         cfg = self.cfg
         if round_ > 0:
-            groups = {item.id: item.group for item in self.pool}
             scores = read_table(join(self.ledger.folder(round_ - 1), "scores"))
-            rows = choose(scores, set(bought), cfg, cfg.loop.per_round, groups)
+            budget = min(cfg.loop.per_round, available(scores, bought, cfg, self._groups()))
+            if budget < cfg.loop.per_round:
+                self._warn(f"round {round_}: only {budget} images are left to ask for, {cfg.loop.per_round} were wanted")
+            rows = choose(scores, set(bought), cfg, budget, self._groups())
         elif cfg.loop.cold_start == "typical":
             rows = typical_start(lambda: self._embed(folder), cfg.loop.initial, cfg.seed)
         else:
@@ -165,14 +175,16 @@ class _Loop:
         write_table(join(folder, "chosen.parquet"), table)
         return {"ids": table["id"].to_pylist()}
 
+    def _groups(self) -> dict[str, str]:
+        return {item.id: item.group for item in self.pool}
+
     def _embed(self, folder: str) -> pa.Table:
         """Features of the pool by the encoder as training will find it, through the same stream that scores."""
         cfg, initial = self.cfg, join(folder, "initial")
         plan = Plan(cfg, self.dataset, (), (), (), (), ())
         checkpoint.save(initial, TwoBranch(cfg.model, self.dataset.label_set.n_classes, cfg.seed), model_info(plan))
-        only = cfg.model_copy(
-            update={"score": cfg.score.model_copy(update={"scores": (), "embedding_dim": cfg.score.embedding_dim or 128})}
-        )
+        score = cfg.score.model_copy(update={"scores": (), "embedding_dim": cfg.score.embedding_dim or 128})
+        only = cfg.model_copy(update={"score": score, "query": cfg.query.model_copy(update={"strategy": "random"})})
         score_pool(manifest_of(self.pool), initial, join(folder, "embeddings"), only, on_progress=self.watcher.on_progress)
         return read_table(join(folder, "embeddings"), ["id", "uri", "status", "embedding"])
 
@@ -186,6 +198,9 @@ class _Loop:
         trained = fit(plan, join(folder, place), self.watcher.on_progress)
         name = "checkpoint" if place == "train" else f"checkpoint-{place}"
         fetch_checkpoint(trained.checkpoint, join(folder, name))
+        if trained.last != trained.best:
+            other, what = (trained.best, "best") if trained.checkpoint == trained.last else (trained.last, "last")
+            fetch_checkpoint(other, join(folder, f"{name}-{what}"))
         return {"checkpoint": name, "digest": checkpoint.digest_at(join(folder, name)), "metrics": trained.metrics}
 
     def _plan(self, round_: int, bought: Sequence[pa.Table], steps: int | None) -> Plan:
@@ -222,8 +237,13 @@ class _Loop:
             manifest_of(rest), join(folder, name), join(folder, "scores"), self.cfg, class_bonus=bonus, on_progress=self.watcher.on_progress
         )
         table = read_table(join(folder, "scores"))
-        mean = pc.mean(table["uncertainty"]).as_py() if "uncertainty" in table.column_names else None
-        return {"counts": summary.counts, "images_per_second": summary.images_per_second, "pool_uncertainty": mean}
+        rest = table.take(pa.array(offered(table["id"].to_pylist(), table["status"].to_pylist(), have)))
+        return {
+            "counts": summary.counts,
+            "images_per_second": summary.images_per_second,
+            "pool_uncertainty": pc.mean(rest["uncertainty"]).as_py() if "uncertainty" in rest.column_names else None,
+            "left": available(table, have, self.cfg, self._groups()),
+        }
 
     def _metrics(self, round_: int, bought: Sequence[pa.Table], trained: dict) -> dict:
         counts = np.array([row for table in bought for row in table["class_pixels"].to_pylist()])
@@ -250,6 +270,8 @@ class _Loop:
             outcome.checkpoint = join(self.ledger.folder(round_), trained["checkpoint"])
             outcome.rounds[-1] = self._metrics(round_, bought, trained)
         outcome.labels = join(self.ledger.run, "labels")
+        if finished_by(outcome.labels) != checkpoint.digest_at(outcome.checkpoint):
+            self.ledger.forget(round_, "label")  # one folder for all ends that a run had: another end's masks may lie there
 
         def label(_: str) -> dict:
             remove_tree(outcome.labels)
@@ -281,23 +303,7 @@ class _Loop:
         return mean is not None and mean < self.cfg.loop.uncertainty_below
 
 
-def _check_disk(cfg: Config, n_classes: int) -> None:
-    """Refuses a run whose checkpoints the local disk can't hold. Raises ResourceError with the numbers."""
-    if not is_local(cfg.run):
-        return
-    model = TwoBranch(cfg.model.model_copy(update={"encoder_weights": None}), n_classes, cfg.seed)
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    state = weights * (cfg.optim.name == "adamw") + weights + weights * cfg.cps.ema
-    # Checkpoints of one training at a time (one more while the oldest is not deleted yet), and each round's chosen one.
-    need = (cfg.train.keep_checkpoints + 2) * (weights + state) + (cfg.loop.rounds + 2) * weights
-    free = shutil.disk_usage(cfg.run).free
-    if free < need:
-        raise ResourceError(
-            f"{cfg.run}: the run needs about {need / 1e9:.2f} GB for checkpoints, the disk has {free / 1e9:.2f} GB free; "
-            "free some, give another run folder (run=...), or lower train.keep_checkpoints"
-        )
-
-
 def _with_needed_scores(cfg: Config) -> ScoreConfig:
-    missing = [c for c in needed_columns(cfg.query.strategy) if c not in cfg.score.scores]
+    needed = (*needed_columns(cfg.query.strategy), *(("uncertainty",) if cfg.loop.uncertainty_below else ()))
+    missing = [c for c in dict.fromkeys(needed) if c not in cfg.score.scores]
     return cfg.score.model_copy(update={"scores": (*cfg.score.scores, *missing)})

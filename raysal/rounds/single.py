@@ -9,42 +9,48 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 
 from raysal.archive.tables import manifest_of, manifest_schema, queue_schema, read_table, write_table
-from raysal.archive.uris import absolute, exists, join, open_fs, read_bytes
-from raysal.config import Config
+from raysal.archive.uris import absolute, exists, join, list_names, open_fs, read_bytes
+from raysal.config import Config, digest_of
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check, class_pixels
-from raysal.errors import DataError, InputError
+from raysal.errors import DataError, ImageError, InputError
 from raysal.model import checkpoint
 from raysal.model.runtime import Predictor
 from raysal.rounds.choose import choose
 from raysal.rounds.ledger import Ledger, write_json
 from raysal.rounds.loop import Watcher
+from raysal.rounds.preflight import preflight
 from raysal.train.evaluate import evaluate
 from raysal.train.plan import Plan
 from raysal.train.ray import fetch_checkpoint, fit
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+PARQUET_MAGIC = b"PAR1"
 
 
-def train_once(cfg: Config, labels: str | None, watcher: Watcher) -> dict:
+def train_once(cfg: Config, labels: Sequence[str] | None, watcher: Watcher) -> dict:
     """One training under ``run``: train/, checkpoint/, metrics.json. The same call resumes; a finished one is not repeated.
 
     Args:
         cfg: Configuration; loop and query sections are not used.
-        labels: Text file of image names, or a labels.parquet; None: every image of the pool split.
+        labels: Text files of image names, labels.parquet files or run folders; None or empty: every image of the pool split.
         watcher: Shows progress.
     """
     ledger = Ledger(cfg.run, watcher.on_stage)
     with ledger.lock():
         cfg = cfg.model_copy(update={"run": ledger.run})
-        ledger.open(cfg)
         dataset = build(cfg.data, cfg.run)
         pool, val = dataset.split(cfg.data.pool_split), dataset.split(cfg.data.val_split)
         labeled = _named(pool, labels) if labels else pool
-        for warning in check(dataset, (cfg.data.pool_split, cfg.data.val_split)):
+        given = digest_of(sorted(item.name for item in labeled)) if labels else None
+        ledger.check(cfg, "train", given)
+        for warning in check(dataset, (cfg.data.pool_split, cfg.data.val_split), pool={cfg.data.pool_split}):
             watcher.on_warning(warning)
+        preflight(cfg, dataset)
+        ledger.open(cfg, "train", given)
 
         def work(_: str) -> dict:
             counts = count_classes(dataset, labeled)
@@ -66,7 +72,7 @@ def train_once(cfg: Config, labels: str | None, watcher: Watcher) -> dict:
             write_json(join(cfg.run, "metrics.json"), metrics)
             return {"checkpoint": "checkpoint", "digest": checkpoint.digest_at(target), **metrics}
 
-        result = ledger.stage(0, "train", work)
+        result = ledger.stage(None, "train", work)
         return result | {"checkpoint": join(cfg.run, result["checkpoint"])}
 
 
@@ -91,9 +97,18 @@ def evaluate_checkpoint(uri: str, cfg: Config, split: str, on_progress: Callable
     }
 
 
-def query_scores(scores: str, cfg: Config, budget: int, out: str, labeled: str | None, manifest: str | None) -> list[dict]:
-    """Chooses from a scores table and writes the queue. Returns its rows."""
-    bought = set(read_table(labeled, ["id"])["id"].to_pylist()) if labeled else set()
+def query_scores(scores: str, cfg: Config, budget: int, out: str, labeled: Sequence[str], manifest: str | None) -> list[dict]:
+    """Chooses from a scores table and writes the queue. Returns its rows.
+
+    Args:
+        scores: Scores table, a file or a folder.
+        cfg: Its query section, ueq_alpha and seed decide.
+        budget: Images to choose.
+        out: Parquet file for the queue.
+        labeled: Tables of labels that exist, or run folders, whose rounds' labels are all taken: never chosen again.
+        manifest: Manifest with sites and drives, for query.group_cap.
+    """
+    bought = {i for given in labeled for table in _label_tables(given) for i in read_table(table, ["id"])["id"].to_pylist()}
     groups: dict[str, str] = {}
     if manifest:
         table = read_table(manifest, ["id", "group", "site", "drive"])
@@ -108,15 +123,25 @@ def query_scores(scores: str, cfg: Config, budget: int, out: str, labeled: str |
 
 
 def open_manifest(uri: str) -> pa.Table:
-    """A manifest table, or one made from the images under a folder. Raises InputError where there is neither."""
+    """A manifest, from any Parquet that names images or from the images under a folder.
+
+    Scores and labels name images too, so that what failed can be fed back. Of a table the columns of a manifest are read; those that
+    it lacks are null, except id and uri.
+
+    Raises:
+        InputError: There is neither, or the table has no id or uri.
+    """
     if not exists(uri):
         raise InputError(f"{uri}: does not exist; give a manifest.parquet or a folder of images")
     fs, path = open_fs(uri)
     if fs.isfile(path):
-        return read_table(uri).cast(manifest_schema())
+        with fs.open(path, "rb") as file:
+            if file.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
+                raise InputError(f"{uri}: is no Parquet file; give a manifest.parquet or a folder of images")
+        return _manifest_from(uri)
     found = fs.find(path, detail=True)
     if any(p.endswith(".parquet") for p in found):
-        return read_table(uri)
+        return _manifest_from(uri)
     items = []
     for file, info in sorted(found.items()):
         if file.lower().endswith(IMAGE_SUFFIXES):
@@ -129,11 +154,31 @@ def open_manifest(uri: str) -> pa.Table:
     return manifest_of(items)
 
 
+def _manifest_from(uri: str) -> pa.Table:
+    try:
+        named = read_table(uri, ["id", "uri"])
+    except InputError as error:
+        raise InputError(f"{error}. A table of images needs the columns id and uri") from error
+    if empty := named["id"].null_count + named["uri"].null_count:
+        raise InputError(f"{uri}: {empty} of its {named.num_rows} rows lack id or uri; fill them in or take them out")
+    fs, path = open_fs(uri)
+    try:  # with a schema given, columns that a file lacks are null and others are not even read (masks, embeddings)
+        source = pyarrow.dataset.dataset(
+            path, schema=manifest_schema(), format="parquet", filesystem=fs, exclude_invalid_files=not fs.isfile(path)
+        )
+        return source.to_table()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{uri}: its columns can't be read as a manifest's ({error}); leave out all but id and uri") from error
+
+
 def count_classes(dataset: Dataset, items: Sequence[Item]) -> np.ndarray:
     """Pixels of each class in each labelled image: int64 [n, C]."""
 
     def count(item: Item) -> np.ndarray:
-        shape = dataset.image(item).shape[:2]
+        try:
+            shape = dataset.image(item).shape[:2]
+        except ImageError as error:
+            raise DataError(f"labelled image {error}; restore the file, or leave it out of the labels") from error
         return class_pixels(dataset.mask(item, shape), dataset.label_set.n_classes)
 
     with ThreadPoolExecutor(8) as threads:
@@ -150,17 +195,37 @@ class _Listed:
         self.id, self.image = id_, image
 
 
-def _named(pool: Sequence[Item], labels: str) -> tuple[Item, ...]:
-    if labels.endswith(".parquet"):
-        names = read_table(labels, ["name"])["name"].to_pylist()
-    else:
-        try:
-            names = [line.strip() for line in read_bytes(labels).decode().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{labels}: can't be read ({error}); give a text file with one image name a line") from error
+def _label_tables(uri: str) -> list[str]:
+    """The tables behind one place of labels: those of all rounds where it is a run folder, else itself."""
+    rounds = [join(uri, "rounds", name, "labels.parquet") for name in list_names(join(uri, "rounds"))]
+    if not rounds:
+        return [uri]
+    if not (bought := [table for table in rounds if exists(table)]):
+        raise InputError(f"{uri}: this run has bought no labels yet; let it finish a round, or name other labels")
+    return bought
+
+
+def _named(pool: Sequence[Item], labels: Sequence[str]) -> tuple[Item, ...]:
+    """Items of the pool that text files, label tables or run folders name, each once."""
     by_name = {item.name: item for item in pool} | {posixpath.splitext(item.name)[0]: item for item in pool}
-    if unknown := [n for n in names if n not in by_name]:
-        raise DataError(f"{labels}: {len(unknown)} names are not in the pool, for example {unknown[:3]}; names look like {pool[0].name!r}")
-    if not names:
-        raise DataError(f"{labels}: names no image")
-    return tuple(dict.fromkeys(by_name[n] for n in names))
+    chosen: list[Item] = []
+    for source in (table for given in labels for table in _label_tables(given)):
+        names = _names(source)
+        if unknown := [n for n in names if n not in by_name]:
+            raise DataError(
+                f"{source}: {len(unknown)} names are not in the pool, for example {unknown[:3]}; names look like {pool[0].name!r}"
+            )
+        if not names:
+            raise DataError(f"{source}: names no image")
+        chosen += [by_name[n] for n in names]
+    return tuple(dict.fromkeys(chosen))
+
+
+def _names(source: str) -> list[str]:
+    fs, path = open_fs(source)
+    if source.endswith(".parquet") or fs.isdir(path):
+        return list(read_table(source, ["name"])["name"].to_pylist())
+    try:
+        return [line.strip() for line in read_bytes(source).decode().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{source}: can't be read ({error}); give a text file with one image name a line") from error

@@ -26,7 +26,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
-from raysal.archive.uris import absolute, is_local, join, list_names, open_fs, remove_tree, write_bytes
+from raysal.archive.uris import absolute, exists, is_local, join, list_names, open_fs, read_bytes, remove_tree, write_bytes
 from raysal.cluster import data_context, score_actors
 from raysal.config import Config
 from raysal.errors import InputError, RaysalError
@@ -130,6 +130,13 @@ def run_pool(
     return summary
 
 
+def finished_by(out_uri: str) -> str | None:
+    """Digest of the model of a finished output, None where it is not finished."""
+    uri = join(out_uri, SUCCESS)
+    digest: str | None = json.loads(read_bytes(uri))["model_digest"] if exists(uri) else None
+    return digest
+
+
 def _stream(
     worker: type[PoolWorker], manifest: pa.Table | str, task: Task, rows: int, actors: int, total: int, on_progress: Progress | None
 ) -> dict[str, int]:
@@ -190,7 +197,7 @@ def _check_manifest(manifest: pa.Table | str) -> tuple[pa.Table | str, int]:
     source = _parquet(manifest) if isinstance(manifest, str) else pyarrow.dataset.dataset(manifest)
     name, columns, total = manifest if isinstance(manifest, str) else "manifest", source.schema.names, source.count_rows()
     if missing := [c for c in COLUMNS[:2] if c not in columns]:
-        raise InputError(f"{name}: no column {', '.join(missing)}, it has {', '.join(columns)}; give a manifest that `raysal index` wrote")
+        raise InputError(f"{name}: no column {', '.join(missing)}, it has {', '.join(columns)}; give a manifest, or a table with both")
     if not total:
         raise InputError(f"{name}: holds no images; index an archive first")
     if isinstance(manifest, str) and total > IN_MEMORY_ROWS:

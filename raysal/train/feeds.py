@@ -50,24 +50,44 @@ class Draws(TorchDataset):
     def __getitem__(self, draw: int) -> LabeledBatch:
         """image uint8 [3, crop, crop], mask uint8 [crop, crop] (255: no label), valid bool [crop, crop]."""
         item = self.item(draw)
-        other_HWC = self._image(self.item(draw + 1)) if self.augin else None
+        other = self._read(self.item(draw + 1)) if self.augin else None
         seed = draw_seed(self.seed, self.stream, draw)
-        image_HWC = self._image(item)
-        if image_HWC is None:  # nothing to learn from: every pixel is marked as not valid
+        found = self._read(item)
+        if found is None:  # nothing to learn from: every pixel is marked as not valid
             blank = np.zeros((self.crop_px, self.crop_px, 3), np.uint8)
             return self.augment(blank, None, np.zeros(blank.shape[:2], bool), seed)
-        shape_HW = image_HWC.shape[:2]
-        if self.stream != "labeled":
-            return self.augment(image_HWC, None, self.dataset.valid(item, shape_HW), seed, other_HWC)
-        return self.augment(image_HWC, self.dataset.mask(item, shape_HW), self.dataset.valid(item, shape_HW), seed, other_HWC)
+        image_HWC, valid_HW = found
+        mask_HW = self.dataset.mask(item, valid_HW.shape) if self.stream == "labeled" else None
+        return self.augment(image_HWC, mask_HW, valid_HW, seed, other[0] if other else None)
 
-    def _image(self, item: Item) -> np.ndarray | None:
+    def _read(self, item: Item) -> tuple[np.ndarray, np.ndarray] | None:
+        """An image and its valid pixels; None for an unlabelled one that can't be read."""
         try:
-            return self.dataset.image(item)
+            image_HWC = self.dataset.image(item)
+            return image_HWC, self.dataset.valid(item, image_HWC.shape[:2])
         except ImageError as error:
             if self.stream == "labeled":
                 raise DataError(f"labelled image {error}; restore the file, or start a new run without it") from error
             return None
+
+
+def draw_at(row: int, first_step: int, batch: int, world: int, steps_per_block: int) -> int:
+    """Which draw a row of the unlabelled stream is.
+
+    Blocks go to the ranks in turn, and a block is some steps of one rank. So that a step is the same images on any number of workers,
+    each rank's share of it is contiguous, as with labelled images.
+
+    Args:
+        row: Number of the row, from 0.
+        first_step: Step that the stream starts with.
+        batch: Draws of a step over all ranks.
+        world: Ranks.
+        steps_per_block: Steps in a block.
+    """
+    share = batch // world
+    block, place = divmod(row, steps_per_block * share)
+    step = first_step + block // world * steps_per_block + place // share
+    return step * batch + block % world * share + place % share
 
 
 class _Batches:

@@ -11,6 +11,7 @@ blank pixels to L_cps. docs/method.md has the whole of it.
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raysal.config import Config
+from raysal.config import Config, digest_of
 from raysal.datasets.augment import cutmix_boxes, draw_seed
 from raysal.errors import CheckpointError
 from raysal.labels import IGNORE
@@ -79,12 +80,13 @@ class Learner:
         self.autocast = precision == "bfloat16" or (precision == "auto" and session.device.type == "cuda")
 
     def step(self, step: int, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict[str, torch.Tensor]:
-        """One update of both branches. Returns its losses (detached scalars) and the pseudo labels of both branches."""
+        """One update of both branches. Returns its losses (detached scalars) and this rank's pseudo labels, IGNORE off the valid pixels."""
         cfg, device = self.plan.cfg, self.session.device
         torch.manual_seed(draw_seed(cfg.seed, "step", step * self.session.world + self.session.rank))  # dropout, whatever came before
         x_l, y_l, valid_l = (t.to(device, non_blocking=True) for t in labeled)
         y_l = y_l.long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+        # Without the cache: older torch hands weights that the pseudo-label pass cast without gradients to the pass that needs them.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             if unlabeled is None:
                 z1, z2 = self.net(x_l)
                 cps, pseudo = z1.new_zeros(()), None
@@ -106,10 +108,13 @@ class Learner:
         if cfg.optim.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optim.grad_clip)
         self.optimizer.step()
-        self._average()
+        self._average(step)
         out = {"loss": loss, "sup1": sup1, "sup2": sup2, "cps": cps} | {f"sup1_{k}": v for k, v in terms1.items()}
         out = {k: v.detach() for k, v in out.items()}
-        return out if pseudo is None else out | {"pseudo1": pseudo[0], "pseudo2": pseudo[1]}
+        if pseudo is None:
+            return out
+        valid = torch.cat([valid_l, valid_u])
+        return out | {f"pseudo{k}": torch.where(valid, y, IGNORE) for k, y in enumerate(pseudo, 1)}
 
     def bind(self) -> None:
         """Wraps the model for its forward pass, once its weights are what they should be."""
@@ -123,18 +128,23 @@ class Learner:
     def _unlabeled(self, step: int, batch: UnlabeledBatch) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
         """Student images, their valid pixels, and pseudo labels where they come from another pass than the student's.
 
-        CutMix: u = (1 - M) u0 + M u1, and pseudo labels are the argmax of the same mixture of logits on the unmixed images.
+        CutMix of neighbouring draws: u = (1 - M) u0 + M u1, and pseudo labels are the argmax of the same mixture of logits on the
+        unmixed images.
         """
         cfg, device = self.plan.cfg, self.session.device
         x_u, valid_u = (t.to(device, non_blocking=True) for t in batch)
         if not cfg.cps.cutmix:
             return x_u, valid_u, None if self.teacher is None else self._pseudo(x_u)
-        (u0, u1), (v0, v1) = x_u.chunk(2), valid_u.chunk(2)
-        seed = draw_seed(cfg.seed, "cutmix", step * self.session.world + self.session.rank)
-        height, width = u0.shape[-2:]
-        boxes = cutmix_boxes(len(u0), height, width, cfg.cps.cutmix_boxes, cfg.cps.cutmix_area, seed).to(device)
-        pseudo_u = [torch.where(boxes, y[len(u0) :], y[: len(u0)]) for y in self._pseudo(x_u)]
-        return torch.where(boxes[:, None], u1, u0), torch.where(boxes, v1, v0), pseudo_u
+        boxes = self._boxes(step, len(x_u) // 2, x_u.shape[-2:]).to(device)
+        pseudo_u = [torch.where(boxes, y[1::2], y[0::2]) for y in self._pseudo(x_u)]
+        return torch.where(boxes[:, None], x_u[1::2], x_u[0::2]), torch.where(boxes, valid_u[1::2], valid_u[0::2]), pseudo_u
+
+    def _boxes(self, step: int, n: int, size_HW: torch.Size) -> torch.Tensor:
+        """M of this rank's n pairs, bool [n, H, W]. Pairs are numbered over all ranks, so that no layout changes a mixture."""
+        cps, first = self.plan.cfg.cps, step * n * self.session.world + self.session.rank * n
+        seeds = [draw_seed(self.plan.cfg.seed, "cutmix", pair) for pair in range(first, first + n)]
+        height, width = size_HW
+        return torch.cat([cutmix_boxes(1, height, width, cps.cutmix_boxes, cps.cutmix_area, seed) for seed in seeds])
 
     @torch.no_grad()
     def _pseudo(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -165,10 +175,11 @@ class Learner:
         return pseudo, torch.cat([where_l, valid_u])
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _average(self, step: int) -> None:
         if self.teacher is None:
             return
-        decay = self.plan.cfg.cps.ema_decay
+        # A plain mean of all steps until that is the longer memory: the random start must not linger in a short run.
+        decay = min(self.plan.cfg.cps.ema_decay, 1 - 1 / (step + 1))
         for average, new in zip(self.teacher.state_dict().values(), self.model.state_dict().values(), strict=True):
             if average.is_floating_point():
                 average.lerp_(new, 1 - decay)
@@ -184,6 +195,9 @@ class Learner:
 def train(plan: Plan, session: Session) -> None:
     """Runs the schedule from the newest checkpoint, or from the start, to its end."""
     cfg = plan.cfg
+    if session.rank == 0:
+        for left in Path(tempfile.gettempdir()).glob(f"{_scratch(plan)}*"):  # of a process that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
     learner = Learner(plan, session)
     progress = _resume(learner, session) or Progress(schedule=plan.schedule())
     learner.bind()
@@ -233,11 +247,16 @@ def _save(learner: Learner, session: Session, progress: Progress, evaluation: Ev
     progress.best_miou = max(progress.best_miou, metrics["miou"])
     folder = None
     if session.rank == 0:
-        folder = Path(tempfile.mkdtemp(prefix="raysal-"))
+        folder = Path(tempfile.mkdtemp(prefix=_scratch(learner.plan)))
         measured = evaluation.to_dict(learner.plan.dataset.label_set.classes) if evaluation else None
         checkpoint.save(str(folder), learner.published, model_info(learner.plan, progress.step, measured))
         save_state(folder, progress, learner.model if learner.teacher is not None else None, learner.optimizer)
     session.report(metrics, folder)
+
+
+def _scratch(plan: Plan) -> str:
+    """Prefix of the folders in which this training, of this run folder, prepares its checkpoints."""
+    return f"raysal-{digest_of([plan.cfg.run, plan.schedule()])[:16]}-"
 
 
 @torch.no_grad()
@@ -325,7 +344,7 @@ class _Meter:
     def _agreement(self, first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
         """Of the pixels that branch 1 calls a class, the share on which branch 2 agrees; classes it never names are left out."""
         n = len(self.classes)
-        named = torch.bincount(first.flatten(), minlength=n)
+        named = torch.bincount(first.flatten(), minlength=n)  # IGNORE lies behind the classes
         agreed = torch.bincount(first[first == second].flatten(), minlength=n)
         return {c: round((agreed[i] / named[i]).item(), 4) for i, c in enumerate(self.classes) if named[i] > 0}
 

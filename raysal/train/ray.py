@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -22,11 +23,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
-from raysal import cluster
-from raysal.archive.uris import exists, join, list_names, open_fs, read_bytes, remove_tree, write_bytes
+from raysal import cluster, errors
+from raysal.archive.uris import exists, join, open_fs, read_bytes, remove_tree, write_bytes
 from raysal.config import Config
 from raysal.errors import RaysalError
-from raysal.train.feeds import Draws, UnlabeledBatch, share
+from raysal.train import saved
+from raysal.train.feeds import Draws, UnlabeledBatch, draw_at, share
 from raysal.train.logs import Log, read_log
 from raysal.train.plan import CHECKPOINT_FILES, Plan
 
@@ -36,7 +38,10 @@ SEGMENT_BLOCKS = 4096
 """Blocks that one execution of the unlabelled stream holds; a longer schedule opens the stream again."""
 
 IMAGES_PER_BLOCK = 64
-"""Unlabelled images that one decode task makes: enough to hide a task's overhead, few enough to start at once."""
+"""Unlabelled images that one decode task makes at most: enough to hide a task's overhead, few enough to start at once."""
+
+BLOCK_BYTES = 64 * 2**20
+"""Large crops make blocks of fewer images, so that what is decoded ahead stays small."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,15 @@ class Trained:
     """What a training left.
 
     Attributes:
-        checkpoint: URI of the chosen checkpoint folder.
+        checkpoint: URI of the chosen checkpoint folder, as loop.checkpoint says.
         metrics: Its evaluation (`Evaluation.to_dict`), or None where there was no val split.
+        last, best: URIs of the last checkpoint and of the one with the best val mIoU.
     """
 
     checkpoint: str
     metrics: dict | None
+    last: str
+    best: str
 
 
 def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Trained:
@@ -71,19 +79,18 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
     _drop_broken(folder)
     with cluster.data_context(ordered=True), _watch(plan.cfg, folder, on_progress):
         try:
-            result = _trainer(plan, folder).fit()
+            _trainer(plan, folder).fit()
         except ray.train.TrainingFailedError as error:
+            cause = _root_cause(error)
+            if said := re.fullmatch(r"raysal\.errors\.(\w+): (.*)", cause):
+                raise getattr(errors, said[1], RaysalError)(said[2]) from error
             raise RaysalError(
-                f"training in {folder} failed: {_root_cause(error)}; mend the cause and run the same command: "
-                "it resumes from the last checkpoint"
+                f"training in {folder} failed: {cause}; mend the cause and run the same command: it resumes from the last checkpoint"
             ) from error
-    if compute.train_workers == 0:
-        return _local_result(plan, folder)
-    chosen = result.checkpoint
-    if plan.cfg.loop.checkpoint == "best":
-        chosen, _ = max(result.best_checkpoints or [], key=lambda found: found[1]["miou"])
-    assert chosen is not None, "a finished training has reported a checkpoint"
-    return _trained(join(folder, "fit", os.path.basename(chosen.path.rstrip("/"))))
+    fit_folder = join(folder, "fit")
+    last, best = join(fit_folder, saved.name(plan.cfg.train.steps)), join(fit_folder, saved.best(fit_folder))
+    chosen = best if plan.cfg.loop.checkpoint == "best" else last
+    return Trained(chosen, saved.metrics(chosen), last, best)
 
 
 def _trainer(plan: Plan, folder: str) -> ray.train.torch.TorchTrainer:
@@ -148,15 +155,16 @@ class RaySession:
         return ray.train.torch.prepare_model(model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False})
 
     def resume(self) -> Path | None:
+        """What Ray says; where it knows of none (its bookkeeping was lost, or local mode wrote them), what the folder holds."""
         checkpoint = ray.train.get_checkpoint()
-        return Path(checkpoint.to_directory()) if checkpoint else None
+        return Path(checkpoint.to_directory()) if checkpoint else saved.newest(join(self.folder, "fit"))
 
     def unlabeled(self, start_step: int) -> Iterator[UnlabeledBatch]:
         steps, first = self.plan.cfg.train.steps, start_step
         shard = ray.train.get_dataset_shard("unlabeled")
         while first < steps:
             if self.rank == 0:
-                write_bytes(join(self.folder, "feed.json"), json.dumps({"first_draw": first * self.plan.unlabeled_batch}).encode())
+                write_bytes(join(self.folder, "feed.json"), json.dumps({"first_step": first}).encode())
             local = share(self.plan.unlabeled_batch, self.world, "train.batch_unlabeled")
             for batch in shard.iter_batches(batch_size=local, batch_format="numpy", prefetch_batches=2, drop_last=True):
                 yield torch.tensor(batch["image"]), torch.tensor(batch["valid"])
@@ -168,7 +176,7 @@ class RaySession:
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None,
-            checkpoint_dir_name=f"step-{metrics['step']:08d}",
+            checkpoint_dir_name=saved.name(metrics["step"]),
             checkpoint_upload_mode=mode,
             delete_local_checkpoint_after_upload=True,
         )
@@ -188,39 +196,18 @@ class LocalSession(RaySession):
     """In this process, without train workers. Ray's local mode keeps no checkpoints, so they are kept here: the last and the best."""
 
     def resume(self) -> Path | None:
-        latest = _local_pointer(self.folder).get("latest")
-        return Path(_path(join(self.folder, "fit", latest))) if latest else None
+        return saved.newest(join(self.folder, "fit"))
 
     def report(self, metrics: dict, folder: Path | None) -> None:
         assert folder is not None
-        pointer = _local_pointer(self.folder)
-        name = f"step-{metrics['step']:08d}"
-        for file in sorted(folder.iterdir()):
-            write_bytes(join(self.folder, "fit", name, file.name), file.read_bytes())
+        fit_folder, name = join(self.folder, "fit"), saved.name(metrics["step"])
+        for file in saved.FILES:  # state.json last: with it the checkpoint is whole
+            write_bytes(join(fit_folder, name, file), (folder / file).read_bytes())
         shutil.rmtree(folder)
-        better = metrics["miou"] >= pointer.get("best_miou", -1.0)
-        pointer = {
-            "latest": name,
-            "best": name if better else pointer["best"],
-            "best_miou": metrics["miou"] if better else pointer["best_miou"],
-        }
-        write_bytes(join(self.folder, "fit", "local.json"), json.dumps(pointer).encode())
-        for old in list_names(join(self.folder, "fit")):
-            if old.startswith("step-") and old not in (pointer["latest"], pointer["best"]):
-                remove_tree(join(self.folder, "fit", old))
-
-
-def _local_pointer(folder: str) -> dict:
-    uri = join(folder, "fit", "local.json")
-    return json.loads(read_bytes(uri)) if exists(uri) else {}
-
-
-def _local_result(plan: Plan, folder: str) -> Trained:
-    return _trained(join(folder, "fit", _local_pointer(folder)["best" if plan.cfg.loop.checkpoint == "best" else "latest"]))
-
-
-def _trained(uri: str) -> Trained:
-    return Trained(uri, json.loads(read_bytes(join(uri, "model.json")))["parents"]["metrics"])
+        kept = {name, saved.best(fit_folder)}
+        for old in saved.names(fit_folder):
+            if old not in kept:
+                remove_tree(join(fit_folder, old))
 
 
 def _segment_steps(plan: Plan) -> int:
@@ -232,25 +219,27 @@ def _segment_steps(plan: Plan) -> int:
 
 def _steps_per_block(plan: Plan) -> int:
     local = plan.unlabeled_batch // max(1, plan.cfg.compute.train_workers)
-    return max(1, IMAGES_PER_BLOCK // max(1, local))
+    images = min(IMAGES_PER_BLOCK, BLOCK_BYTES // (4 * plan.cfg.augment.crop_px**2))  # three channels, and which pixels are valid
+    return max(1, images // max(1, local))
 
 
 def _unlabeled_dataset(plan: Plan, folder: str) -> ray.data.Dataset:
     """The stream of unlabelled draws, one block = some steps of one worker.
 
-    It is opened anew for each segment of the schedule; ``feed.json`` says at which draw, so that a replaced worker or a restarted driver
-    decodes nothing twice. Pixels cross the object store here, once: from the task that decodes them to the worker that learns from them.
+    It is opened anew for each segment of the schedule; ``feed.json`` says at which step, so that a replaced worker or a restarted driver
+    decodes nothing twice. Ray deals blocks of one size to the workers in turn (`draw_at` counts on it). Pixels cross the object
+    store here, once: from the task that decodes them to the worker that learns from them.
     """
-    world = max(1, plan.cfg.compute.train_workers)
-    rows = _segment_steps(plan) * plan.unlabeled_batch
-    block = _steps_per_block(plan) * plan.unlabeled_batch // world
+    world, steps, batch = max(1, plan.cfg.compute.train_workers), _steps_per_block(plan), plan.unlabeled_batch
+    rows, block = _segment_steps(plan) * batch, steps * batch // world
     draws = ray.put(Draws(plan.dataset, plan.unlabeled, plan.cfg, "unlabeled"))
-    end, size = plan.cfg.train.steps * plan.unlabeled_batch, plan.cfg.augment.crop_px
+    end, size = plan.cfg.train.steps * batch, plan.cfg.augment.crop_px
 
-    def decode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def decode(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)
-        first = json.loads(read_bytes(join(folder, "feed.json")))["first_draw"]
-        wanted = [int(d) + first for d in batch["id"] if int(d) + first < end]
+        first = json.loads(read_bytes(join(folder, "feed.json")))["first_step"]
+        all_draws = [draw_at(int(row), first, batch, world, steps) for row in numbers["id"]]
+        wanted = [draw for draw in all_draws if draw < end]
         images = np.zeros((len(wanted), 3, size, size), np.uint8)
         valids = np.zeros((len(wanted), size, size), bool)
         stream = _cached_draws(draws)
@@ -286,7 +275,8 @@ def _filesystem(uri: str) -> pyarrow.fs.FileSystem | None:
 
 
 def _drop_broken(folder: str) -> None:
-    """Starts a training over whose bookkeeping a kill left half-written: Ray writes it in place and refuses to read it back."""
+    """Forgets Ray's bookkeeping where a kill left it half-written (it is written in place, and not read back then) or where a checkpoint
+    that it lists is gone. The checkpoints themselves stay: `RaySession.resume` finds the newest whole one."""
     fit_folder = join(folder, "fit")
     snapshot = join(fit_folder, "checkpoint_manager_snapshot.json")
     if not exists(snapshot):
@@ -297,7 +287,7 @@ def _drop_broken(folder: str) -> None:
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        remove_tree(fit_folder)
+        remove_tree(snapshot)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import ray.data
 
+from raysal import cluster
 from raysal.archive.uris import join
 from raysal.config import Config
 from raysal.datasets.build import build
@@ -18,7 +22,9 @@ from raysal.errors import CheckpointError, ResourceError
 from raysal.model import checkpoint
 from raysal.model.runtime import Predictor
 from raysal.rounds.single import count_classes
+from raysal.train import ray as ray_adapter
 from raysal.train.evaluate import evaluate
+from raysal.train.feeds import Draws
 from raysal.train.logs import read_log
 from raysal.train.plan import Plan
 from raysal.train.ray import Trained, fit
@@ -44,17 +50,39 @@ def digest(trained: Trained) -> str:
     return checkpoint.digest_at(trained.checkpoint)
 
 
+def of(plan: Plan, workers: int) -> Plan:
+    """The same training on another number of workers."""
+    compute = plan.cfg.compute.model_copy(update={"train_workers": workers})
+    return replace(plan, cfg=plan.cfg.model_copy(update={"compute": compute}))
+
+
+def starts(folder: Path) -> list[int]:
+    """Steps from which a training was begun or taken up again."""
+    return [r["start"] for r in read_log(str(folder)) if "start" in r]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(ray_runtime, tmp_path_factory) -> tuple[Plan, Trained]:
+    """A training on two workers."""
     run = tmp_path_factory.mktemp("undisturbed")
-    plan = plan_of(tiny(run, compute={"train_workers": 1, "threads": 1}))
+    plan = plan_of(tiny(run, compute={"train_workers": 2, "threads": 1}))
     return plan, fit(plan, str(run / "train"))
 
 
-def test_one_worker_and_no_worker_train_the_same_model(undisturbed, tmp_path: Path) -> None:
-    plan, trained = undisturbed
-    local = Plan(**{**vars(plan), "cfg": plan.cfg.model_copy(update={"compute": plan.cfg.compute.model_copy(update={"train_workers": 0})})})
-    assert digest(fit(local, str(tmp_path / "train"))) == digest(trained)
+def test_one_worker_and_no_worker_train_the_same_model_even_in_turns(ray_runtime, tmp_path: Path) -> None:
+    """The second takes up what the first left: its bookkeeping torn, its newest checkpoint cut short."""
+    plan = plan_of(tiny(tmp_path, compute={"train_workers": 1, "threads": 1}))
+    alone = fit(plan, str(tmp_path / "one"))
+    left = tmp_path / "none" / "fit"
+    shutil.copytree(tmp_path / "one" / "fit" / "step-00000009", left / "step-00000009")
+    shutil.copytree(alone.last, left / "step-00000012")
+    with open(left / "step-00000012" / "model.safetensors", "r+b") as file:
+        file.truncate(100_000)
+    (left / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_res')
+    assert digest(fit(of(plan, 0), str(tmp_path / "none"))) == digest(alone)
+    assert starts(tmp_path / "none") == [9]
+    assert digest(fit(of(plan, 0), str(tmp_path / "whole"))) == digest(alone)
+    assert starts(tmp_path / "whole") == [0]
 
 
 def test_a_killed_worker_is_replaced_and_the_model_is_the_same(undisturbed, tmp_path: Path) -> None:
@@ -66,7 +94,7 @@ def test_a_killed_worker_is_replaced_and_the_model_is_the_same(undisturbed, tmp_
             records = read_log(str(tmp_path / "train"))
             if any(r.get("step", 0) >= 8 for r in records):  # by now the checkpoint of step 3 is uploaded for certain
                 for process in psutil.process_iter(["cmdline"]):
-                    if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
+                    if not killed and any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
                         process.kill()
                         killed.append(process.pid)
             time.sleep(0.02)
@@ -76,8 +104,7 @@ def test_a_killed_worker_is_replaced_and_the_model_is_the_same(undisturbed, tmp_
     again = fit(plan, str(tmp_path / "train"))
     thread.join(10)
     assert killed, "the worker was gone before it could be killed"
-    starts = [r["start"] for r in read_log(str(tmp_path / "train")) if "start" in r]
-    assert starts[0] == 0 and starts[-1] >= 3, starts
+    assert starts(tmp_path / "train")[0] == 0 and starts(tmp_path / "train")[-1] >= 3
     assert digest(again) == digest(trained)
 
 
@@ -85,38 +112,55 @@ def test_a_finished_training_is_not_repeated(undisturbed) -> None:
     plan, trained = undisturbed
     folder = str(Path(trained.checkpoint).parents[1])
     before = (Path(trained.checkpoint) / "model.safetensors").stat().st_mtime_ns
-    assert digest(fit(plan, folder)) == digest(trained)
+    assert digest(fit(of(plan, 0), folder)) == digest(trained)
     assert (Path(trained.checkpoint) / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_bookkeeping_cut_short_by_a_kill_is_survived(undisturbed, tmp_path: Path) -> None:
-    plan, trained = undisturbed
-    (tmp_path / "train" / "fit").mkdir(parents=True)
-    (tmp_path / "train" / "fit" / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_res')
-    assert digest(fit(plan, str(tmp_path / "train"))) == digest(trained)
 
 
 def test_another_configuration_does_not_continue_a_training(undisturbed) -> None:
     plan, trained = undisturbed
-    other = plan.cfg.model_copy(update={"seed": 1, "compute": plan.cfg.compute.model_copy(update={"train_workers": 0})})
-    folder = str(Path(trained.checkpoint).parents[1])
-    (Path(folder) / "fit" / "local.json").write_text(json.dumps({"latest": Path(trained.checkpoint).name, "best": "", "best_miou": 0}))
+    other = replace(of(plan, 0), cfg=of(plan, 0).cfg.model_copy(update={"seed": 1}))
     with pytest.raises(CheckpointError, match="another configuration"):
-        fit(Plan(**{**vars(plan), "cfg": other}), folder)
+        fit(other, str(Path(trained.checkpoint).parents[1]))
 
 
-def test_two_workers_measure_what_one_process_measures(ray_runtime, tmp_path: Path) -> None:
-    plan = plan_of(tiny(tmp_path, compute={"train_workers": 2, "threads": 1}, train={"steps": 4, "checkpoint_every": 2}))
-    trained = fit(plan, str(tmp_path / "train"))
+def test_two_workers_measure_what_one_process_measures(undisturbed) -> None:
+    plan, trained = undisturbed
     alone = evaluate(Predictor.load(trained.checkpoint), plan.dataset, plan.val, 2)
     assert trained.metrics is not None
     assert np.array_equal(np.array(trained.metrics["confusion"]), alone.confusion.numpy())
     assert trained.metrics["miou"] == pytest.approx(alone.miou, abs=1e-6)
-    records = read_log(str(tmp_path / "train"))
-    assert {r["world"] for r in records if "world" in r} == {2}
+    records = read_log(str(Path(trained.checkpoint).parents[1]))
+    assert [r["world"] for r in records if r.get("start") == 0] == [2]
     losses = [r for r in records if "loss" in r]
-    assert [r["step"] for r in losses] == [1, 2, 3, 4]
+    assert [r["step"] for r in losses] == list(range(1, 13))
     assert all(np.isfinite(r["loss"]) and r["images_per_second"] > 0 and r["data_wait_s"] >= 0 and r["agreement"] for r in losses)
+
+
+@pytest.mark.parametrize(("world", "first"), [(1, 0), (2, 0), (2, 5), (4, 3)])
+def test_ray_hands_every_rank_its_share_of_every_step(ray_runtime, tmp_path: Path, world: int, first: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """The draws of a step are the same on any number of workers, from any step on, to the last."""
+    monkeypatch.setattr(ray_adapter, "IMAGES_PER_BLOCK", 4)
+    cfg = tiny(tmp_path, train={"batch_unlabeled": 4, "batch_labeled": 4, "steps": 9}, compute={"train_workers": world})
+    plan = plan_of(cfg)
+    (tmp_path / "feed.json").write_text(json.dumps({"first_step": first}))
+    draws, share = Draws(plan.dataset, plan.unlabeled, cfg, "unlabeled"), plan.unlabeled_batch // world
+    got: dict[int, list[np.ndarray]] = {}
+
+    def read(rank: int, shard: ray.data.DataIterator) -> None:
+        got[rank] = [batch["image"] for batch in shard.iter_batches(batch_size=share, batch_format="numpy", drop_last=True)]
+
+    with cluster.data_context(ordered=True):
+        shards = ray_adapter._unlabeled_dataset(plan, str(tmp_path)).streaming_split(world, equal=True)
+        threads = [threading.Thread(target=read, args=pair) for pair in enumerate(shards)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    for rank in range(world):
+        assert len(got[rank]) == 9 - first
+        for step, images in enumerate(got[rank], first):
+            begin = step * plan.unlabeled_batch + rank * share
+            assert np.array_equal(images, np.stack([draws[d][0].numpy() for d in range(begin, begin + share)])), (rank, step)
 
 
 def test_a_pool_image_that_cannot_be_read_does_not_stop_training(ray_runtime, tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from raysal.datasets.augment import Augment, draw_seed
 from raysal.datasets.base import Dataset
 from raysal.datasets.build import build
-from raysal.errors import DataError
+from raysal.errors import DataError, ImageError
+from raysal.images.masks import encode_mask
 from raysal.labels import IGNORE
 from raysal.train.feeds import Draws, loader, permutation, share
 from tests.helpers import tiny
@@ -71,6 +75,43 @@ def test_an_unreadable_unlabelled_image_has_no_valid_pixel_and_a_labelled_one_is
     assert not valid.any()
     with pytest.raises(DataError, match=r"labelled image .*restore the file"):
         Draws(data, items, tiny("unused"), "labeled")[0]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another size", "gone"])
+def test_an_unlabelled_image_whose_exclude_mask_is_damaged_has_no_valid_pixel(dataset: Dataset, tmp_path: Path, damage: str) -> None:
+    exclude = tmp_path / "exclude.png"
+    if damage != "gone":
+        data = encode_mask(np.eye(32 if damage == "cut short" else 9, dtype=np.uint8))
+        exclude.write_bytes(data[:-30] if damage == "cut short" else data)
+    first, second = dataset.split("train")[:2]
+    broken = replace(first, exclude=(str(exclude),))
+    with pytest.raises(ImageError):
+        dataset.valid(broken, (32, 32))
+    image, mask, valid = Draws(dataset, [broken], tiny("unused"), "unlabeled")[0]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+    assert (mask == IGNORE).all() and not valid.any()
+    with pytest.raises(DataError, match=r"labelled image .*exclude\.png.*restore the file"):
+        Draws(dataset, [broken], tiny("unused"), "labeled")[0]
+
+    plain = Draws(dataset, [broken, second], tiny("unused"), "unlabeled")
+    styled = Draws(dataset, [broken, second], tiny("unused", augment={"augin": 1.0}), "unlabeled")
+    whole = next(d for d in range(4) if plain.item(d) == second and plain.item(d + 1) == broken)
+    assert all(torch.equal(a, b) for a, b in zip(plain[whole], styled[whole], strict=True))  # a style that can't be read is none
+
+
+@pytest.mark.parametrize("stream", ["labeled", "unlabeled"])
+def test_augin_gives_a_draw_the_style_of_the_next_and_leaves_labels_and_valid_pixels(dataset: Dataset, stream: str) -> None:
+    cfg = tiny("unused", augment={"augin": 1.0})
+    plain, styled = (Draws(dataset, dataset.split("train"), c, stream) for c in (tiny("unused"), cfg))
+    for d in range(4):
+        (before, *labels), (after, *same) = plain[d], styled[d]
+        assert not torch.equal(before, after)
+        assert all(torch.equal(a, b) for a, b in zip(labels, same, strict=True))
+        item = styled.item(d)
+        image, style = dataset.image(item), dataset.image(styled.item(d + 1))
+        valid = dataset.valid(item, image.shape[:2])
+        expected = Augment(cfg.augment)(image, None, valid, draw_seed(cfg.seed, stream, d), style)[0]
+        assert torch.equal(after, expected)
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

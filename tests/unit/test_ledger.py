@@ -44,12 +44,35 @@ def test_stages_are_told_as_they_begin_end_and_are_kept(root: str) -> None:
 
 def test_a_run_keeps_its_configuration_and_refuses_another(root: str) -> None:
     ledger = Ledger(root)
-    ledger.open(tiny(root))
-    ledger.open(tiny(root, compute={"train_workers": 2}))  # where work runs may change
-    ledger.open(tiny(root, loop={"rounds": 3}))  # how far to go may change
+    ledger.check(tiny(root), "loop")
+    assert not exists(join(root, "config.yaml")), "a check changes nothing"
+    ledger.open(tiny(root), "loop")
+    ledger.check(tiny(root, compute={"train_workers": 2}), "loop")  # where work runs may change
+    ledger.check(tiny(root, loop={"rounds": 3}), "loop")  # how far to go may change
     with pytest.raises(ConfigError, match=r"train\.steps: was 12, now 13"):
-        ledger.open(tiny(root, loop={"rounds": 3}, train={"steps": 13}))
+        ledger.check(tiny(root, loop={"rounds": 3}, train={"steps": 13}), "loop")
+    with pytest.raises(ConfigError, match="begun by `raysal loop`, not by `raysal train`"):
+        ledger.check(tiny(root), "train")
     assert json.loads(read_bytes(join(root, "run.json")))["raysal_version"]
+
+
+def test_a_training_keeps_its_labels_and_refuses_others(root: str) -> None:
+    ledger = Ledger(root)
+    ledger.open(tiny(root), "train", "a")
+    ledger.check(tiny(root), "train", "a")
+    for other in ("b", None):
+        with pytest.raises(ConfigError, match="other labels"):
+            ledger.check(tiny(root), "train", other)
+
+
+def test_a_stage_can_be_had_again_and_a_run_has_stages_of_its_own(root: str) -> None:
+    ledger, times = Ledger(root), []
+    for _ in range(2):
+        ledger.stage(None, "train", lambda _: times.append(1) or {})
+    ledger.forget(None, "train")
+    ledger.stage(None, "train", lambda _: times.append(1) or {})
+    assert len(times) == 2
+    assert ledger.done(0, "train") is None
 
 
 def test_a_damaged_marker_names_the_file_and_the_fix(tmp_path: Path) -> None:

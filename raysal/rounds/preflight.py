@@ -1,0 +1,76 @@
+"""What can be found out about a run in seconds, before anything is written or trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+
+from raysal import cluster
+from raysal.archive.uris import is_local
+from raysal.config import Config
+from raysal.datasets.base import Dataset, Item
+from raysal.errors import ConfigError, DataError, ResourceError
+from raysal.model.network import TwoBranch, dropouts
+from raysal.query.scores import score_columns
+from raysal.train.feeds import share
+
+
+def preflight(cfg: Config, dataset: Dataset) -> TwoBranch:
+    """Checks of one training: cluster, batches, splits, network and its weights, disk. Returns the network.
+
+    Raises:
+        InputError: Of the kind that fits, with what to change.
+    """
+    cluster.check_training(cfg.compute)
+    for name in ("batch_labeled", "batch_unlabeled"):
+        share(getattr(cfg.train, name), max(1, cfg.compute.train_workers), f"train.{name}")
+    if cfg.data.unlabeled_split:
+        dataset.split(cfg.data.unlabeled_split)
+    model = TwoBranch(cfg.model, dataset.label_set.n_classes, cfg.seed)  # reads the encoder weights
+    _check_disk(cfg, model)
+    return model
+
+
+def preflight_rounds(cfg: Config, pool: Sequence[Item], model: TwoBranch) -> None:
+    """Checks of the queries between trainings.
+
+    Raises:
+        InputError: Of the kind that fits, with what to change.
+    """
+    cluster.score_actors(cfg.compute)
+    if "bald" in score_columns(cfg.score, cfg.query.strategy) and not dropouts(model):
+        raise ConfigError(
+            f"bald needs dropout, but {cfg.model.arch} has none: all its scores would be 0; set model.dropout=0.2 or take another strategy"
+        )
+    if cfg.query.batch in ("kcenter", "product") and not cfg.score.embedding_dim:
+        raise ConfigError(f"query.batch={cfg.query.batch} measures distances between embeddings; set score.embedding_dim above 0")
+    if cap := cfg.query.group_cap:
+        sizes = Counter(item.group for item in pool)
+        room = sizes.pop("", 0) + sum(min(cap, n) for n in sizes.values())
+        if room < cfg.loop.per_round:
+            raise DataError(
+                f"query.group_cap={cap} lets {room} images a round through, loop.per_round={cfg.loop.per_round} are wanted; raise the cap"
+            )
+    if cfg.loop.uncertainty_below and (cfg.score.aggregate != "mean" or cfg.score.class_bonus):
+        raise ConfigError("loop.uncertainty_below bounds a mean over pixels; set score.aggregate=mean and score.class_bonus=false")
+
+
+def _check_disk(cfg: Config, model: TwoBranch) -> None:
+    """Refuses a run whose checkpoints the local disk can't hold. Raises ResourceError with the numbers."""
+    if not is_local(cfg.run):
+        return
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    state = weights * (cfg.optim.name == "adamw") + weights + weights * cfg.cps.ema
+    # Checkpoints of one training at a time (one more while the oldest is not deleted yet), and each round's last and best.
+    need = (cfg.train.keep_checkpoints + 2) * (weights + state) + 2 * (cfg.loop.rounds + 2) * weights
+    folder = cfg.run
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "."
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ResourceError(
+            f"{cfg.run}: the run needs about {need / 1e9:.2f} GB for checkpoints, the disk has {free / 1e9:.2f} GB free; "
+            "free some, give another run folder (run=...), or lower train.keep_checkpoints"
+        )
