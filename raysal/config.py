@@ -87,6 +87,7 @@ class ModelConfig(Section):
     encoder: str = "resnet50"  # any of its encoders, also "tu-<timm name>"
     encoder_weights: str | None = None  # hub name ("imagenet"), a .safetensors file, or any fsspec URI to one; null: random
     output_stride: Literal[8, 16, 32] | None = None  # encoder stride of DeepLab variants; 8 sees finer detail and costs 3x
+    atrous_rates: tuple[Positive, ...] | None = None  # of DeepLab's pyramid, in cells of the last map; null: 12, 24, 36 (large images)
     dropout: Fraction = 0.5  # before the classifier where the architecture has none of its own; BALD needs it
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # RGB in 0..1; keep ImageNet's with ImageNet weights
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)  # as mean; the two belong together

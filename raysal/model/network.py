@@ -204,6 +204,10 @@ def _build_branch(cfg: ModelConfig, n_classes: int, seed: int, hub_weights: str 
         if "encoder_output_stride" not in parameters:
             raise ConfigError(f"model.output_stride: {cfg.arch} has no such setting; leave it null or take a DeepLab or PAN")
         options["encoder_output_stride"] = cfg.output_stride
+    if cfg.atrous_rates is not None:
+        if "decoder_atrous_rates" not in parameters:
+            raise ConfigError(f"model.atrous_rates: {cfg.arch} has no such setting; leave it null or take a DeepLab")
+        options["decoder_atrous_rates"] = cfg.atrous_rates
     if architecture is smp.DPT:
         options["dynamic_img_size"] = True  # else a vision transformer takes images of one size only
     with torch.random.fork_rng(devices=[]):

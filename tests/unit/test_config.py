@@ -49,6 +49,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.encoder": "resnet18",
     "model.encoder_weights": "imagenet",
     "model.output_stride": 8,
+    "model.atrous_rates": [1, 2, 3],
     "model.mean": [0.5, 0.5, 0.5],
     "model.std": [0.2, 0.2, 0.2],
     "loss.terms": {"focal": 1.0},

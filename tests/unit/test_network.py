@@ -238,6 +238,8 @@ def test_real_dinov2_weights_in_half_precision_match_all(shared: Path) -> None:
         ({"encoder": "tu-efficientnet_lite_0"}, "did you mean .*tu-efficientnet_lite0"),
         ({"encoder": "zzzz"}, "model.encoder: 'zzzz' is not known; known: "),
         ({"arch": "Unet", "output_stride": 8}, "model.output_stride: Unet has no such setting"),
+        ({"arch": "Unet", "atrous_rates": (1, 2, 3)}, "model.atrous_rates: Unet has no such setting"),
+        ({"atrous_rates": (1, 2)}, "DeepLabV3Plus with encoder .* can't be built"),
         ({"output_stride": 32}, "DeepLabV3Plus with encoder .* can't be built .*output stride 8 or 16"),
         ({"arch": "DPT"}, "DPT with encoder .* can't be built"),
         ({"encoder": "resnet18", "encoder_weights": "imagenet22k"}, "encoder weights 'imagenet22k' can't be built .*imagenet"),
@@ -250,6 +252,13 @@ def test_what_cannot_be_built_says_what_to_change(wrong: dict, said: str) -> Non
 
 def test_architectures_are_found_in_any_case() -> None:
     assert isinstance(TwoBranch(config("deeplabv3plus"), N, 0).branches[0], smp.DeepLabV3Plus)
+
+
+def test_atrous_rates_are_those_of_the_pyramid() -> None:
+    model = TwoBranch(config(atrous_rates=(1, 2, 3)), N, seed=0)
+    for branch in model.branches:
+        dilations = {m.dilation[0] for m in branch.decoder.modules() if isinstance(m, torch.nn.Conv2d)}
+        assert dilations == {1, 2, 3}
 
 
 def test_output_stride_sets_the_encoders_last_map() -> None:
