@@ -69,7 +69,15 @@ def test_bad_data_is_refused_before_any_training(tmp_path: Path, damaged: Path, 
     assert masks[0].stem in said and "no mask" in said
     assert masks[1].name in said and "8 x 8" in said
     assert masks[2].name in said and "mask values [77] are not in label set" in said
-    assert not (tmp_path / "run" / "rounds").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists(), "what is refused must leave nothing to trip over"
+
+
+def test_encoder_weights_that_are_not_there_are_refused_before_any_training(
+    tmp_path: Path, archive: Path, refused: Callable[..., str]
+) -> None:
+    said = refused("loop", "--config", str(config(tmp_path, archive)), "--set", f"model.encoder_weights={tmp_path}/none.safetensors")
+    assert "none.safetensors" in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_an_empty_split_is_refused(tmp_path: Path, damaged: Path, refused: Callable[..., str]) -> None:
@@ -81,12 +89,13 @@ def test_an_empty_split_is_refused(tmp_path: Path, damaged: Path, refused: Calla
 def test_a_budget_over_the_pool_is_refused_with_the_numbers(tmp_path: Path, archive: Path, refused: Callable[..., str]) -> None:
     said = refused("loop", "--config", str(config(tmp_path, archive, loop={"initial": 10, "per_round": 2, "rounds": 2})))
     assert "10 + 2 x 2 = 14 labels" in said and "12 images" in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_too_many_workers_are_refused_with_the_numbers(tmp_path: Path, archive: Path, refused: Callable[..., str]) -> None:
     said = refused("loop", "--config", str(config(tmp_path, archive, compute={"train_workers": 50})))
     assert "50 train workers" in said and "the cluster has 8" in said
-    assert not (tmp_path / "run" / "rounds").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_full_disk_is_refused_with_the_fix(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -126,6 +135,10 @@ def test_train_evaluate_score_and_query_work_alone(
     assert done.code == 0, done.err[-3000:]
     trained = json.loads(done.out)
     assert trained["labels"] == 4
+    again = raysal("train", "--config", str(path), "--labels", str(tmp_path / "names.txt"), "--json")
+    assert json.loads(again.out) == trained
+    assert "other labels" in refused("train", "--config", str(path))
+    assert "begun by `raysal train`" in refused("loop", "--config", str(path))
 
     done = raysal("evaluate", trained["checkpoint"], str(archive), "--split", "val", "--json")
     assert done.code == 0, done.err[-3000:]

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from raysal.archive.tables import labels_schema, read_table
+from raysal.model.checkpoint import digest_at, read_info
 from tests.conftest import Said
 from tests.helpers import kill_when, processes, run, start, tiny_tree, write_config
 
@@ -31,6 +32,10 @@ def markers(folder: Path) -> dict[str, int]:
 
 def digests(folder: Path) -> list[str]:
     return [json.loads(p.read_text())["checkpoint_digest"] for p in sorted(folder.glob("rounds/*/metrics.json"))]
+
+
+def models_of_masks(folder: Path) -> set[str]:
+    return set(read_table(str(folder / "labels"))["model_digest"].to_pylist())
 
 
 @pytest.fixture(scope="module")
@@ -163,19 +168,29 @@ def test_more_rounds_extend_a_finished_run(undisturbed: Path, tmp_path: Path, ra
     assert bought(folder)[:2] == bought(undisturbed / "run")
     assert [len(ids) for ids in bought(folder)] == [3, 2, 2]
     assert yaml.safe_load((folder / "config.yaml").read_text())["loop"]["rounds"] == 2
+    assert models_of_masks(folder) == {digests(folder)[2]}
+
+    # And back: the masks are those of the round that is the last one now.
+    done = raysal("loop", "--config", str(write_config(tmp_path / "config.yaml", tiny_tree(folder))))
+    assert done.code == 0, done.err[-3000:]
+    assert models_of_masks(folder) == {digests(folder)[1]}
 
 
-def test_a_typical_start_and_a_spread_batch_run_to_the_end(tmp_path: Path, raysal: Callable[..., Said]) -> None:
+def test_a_typical_start_a_spread_batch_and_a_longer_last_training_run_to_the_end(tmp_path: Path, raysal: Callable[..., Said]) -> None:
     tree = tiny_tree(
         tmp_path / "run",
-        loop={"cold_start": "typical"},
+        loop={"cold_start": "typical", "warm_start": True, "final_steps": 3, "checkpoint": "best"},
         query={"strategy": "bald", "batch": "kcenter", "group_cap": 2},
         score={"bald_passes": 2, "class_bonus": True},
-        train={"steps": 2},
+        train={"steps": 2, "eval_every": 1},
         cps={"ema": True},
     )
     done = raysal("loop", "--config", str(write_config(tmp_path / "config.yaml", tree)))
     assert done.code == 0, done.err[-3000:]
+    final = tmp_path / "run/rounds/001/checkpoint-final"
+    assert models_of_masks(tmp_path / "run") == {digest_at(str(final))}
+    steps = [read_info(str(path)).parents["step"] for path in final.parent.glob("checkpoint-final*")]
+    assert 3 in steps and set(steps) <= {1, 2, 3}, "the last and the best are kept"
     chosen = pq.read_table(tmp_path / "run/rounds/001/chosen.parquet")
     assert set(chosen["strategy"].to_pylist()) == {"bald"}
     assert "bald" in dict(chosen["reasons"].to_pylist()[0])
