@@ -87,38 +87,33 @@ class Predictor:
         """Embeddings alone: float32 [B, D] on the device, L2-normalised."""
         return self._each(lambda x: (self.model.features(self._scaled(x)),), images)[0]
 
-    def mc_logits(
-        self, images: Sequence[np.ndarray], seeds: Sequence[int], passes: int, resolution: Resolution = "full"
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits under `passes` draws of dropout, one pair a pass: what BALD sums up.
+    def mc_logits(self, image: np.ndarray, seed: int, passes: int, resolution: Resolution = "full") -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits of one image under `passes` draws of dropout, one pair [1, C, h, w] a pass: what BALD sums up.
 
-        Draws depend on an image's own seed and the pass alone, so every image goes through by itself on any device.
+        One image at a time, so that its draws depend on its own seed and the pass alone, and one image's features are in memory.
 
         Args:
-            images: uint8 [H, W, 3] RGB arrays of one size.
-            seeds: One an image; any integers of up to 63 bits.
+            image: uint8 [H, W, 3] RGB.
+            seed: Any integer of up to 63 bits.
             passes: How many draws.
             resolution: As in `logits`.
         """
         devices = [self.device] if self.device.type == "cuda" else []
+        branches: Any = self.model.branches
+        x_BCHW = to_batch([image]).to(self.device)
 
-        def encode(image: np.ndarray) -> Encoded:
-            return self.model.encode(self._scaled(to_batch([image]).to(self.device)))
+        def encode(_: object) -> Encoded:
+            return self.model.encode(self._scaled(x_BCHW))
 
-        def decode(source: Encoded | np.ndarray) -> tuple[Tensor, ...]:
-            return self.model.decode(source if isinstance(source, Encoded) else encode(source), resolution)
+        def decode(encoded: Encoded | None) -> tuple[Tensor, ...]:
+            return self.model.decode(encoded or encode(None), resolution)
 
         # Where nothing is dropped in the encoders, as with most of them, every pass would encode the same once more.
-        branches: Any = self.model.branches
-        in_encoders = any(dropouts(branch.encoder) for branch in branches)
-        sources: Sequence[Encoded | np.ndarray] = images if in_encoders else self._map(encode, images)
+        encoded = None if any(dropouts(branch.encoder) for branch in branches) else self._map(encode, [None])[0]
         for t in range(passes):
-            pairs = []
-            for source, seed in zip(sources, seeds, strict=True):
-                with mc_dropout(self.model), torch.random.fork_rng(devices):
-                    torch.manual_seed((seed + t * 0x9E3779B97F4A7C15) % 2**63)
-                    pairs += self._map(decode, [source])
-            z1, z2 = (torch.cat(z) for z in zip(*pairs, strict=True))
+            with mc_dropout(self.model), torch.random.fork_rng(devices):
+                torch.manual_seed((seed + t * 0x9E3779B97F4A7C15) % 2**63)
+                z1, z2 = self._map(decode, [encoded])[0]
             yield z1, z2
 
     def predict(self, images: Sequence[np.ndarray]) -> Prediction:

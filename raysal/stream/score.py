@@ -101,12 +101,13 @@ class ScoreImages(PoolWorker):
 
     def _bald(self, pictures: Sequence[Picture]) -> Tensor:
         """The map of `Bald`; draws follow (seed, image id, pass), so that no shard, order or batch changes them."""
-        bald = Bald()
-        seeds = [dropout_seed(self.cfg.seed, p.source.id) for p in pictures]
-        images = [p.image_HWC for p in pictures]
-        for z1, z2 in self.predictor.mc_logits(images, seeds, self.cfg.score.bald_passes, self.cfg.score.resolution):
-            bald.add(z1, z2)
-        return bald.map()
+        maps = []
+        for picture in pictures:
+            bald, seed = Bald(), dropout_seed(self.cfg.seed, picture.source.id)
+            for z1, z2 in self.predictor.mc_logits(picture.image_HWC, seed, self.cfg.score.bald_passes, self.cfg.score.resolution):
+                bald.add(z1, z2)
+            maps.append(bald.map())
+        return torch.cat(maps)
 
 
 def dropout_seed(seed: int, image_id: str) -> int:

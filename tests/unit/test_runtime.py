@@ -166,21 +166,18 @@ def test_mc_dropout_draws_while_batch_norm_stays_still(model: TwoBranch) -> None
     assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
 
 
-def test_mc_logits_of_an_image_follow_its_seed_and_nothing_else(model: TwoBranch) -> None:
-    images = pictures(3, 32, 32)
-    predictor = Predictor(model, info())
+def test_mc_logits_follow_the_seed_and_leave_the_callers_random_numbers_alone(model: TwoBranch) -> None:
+    image, predictor = pictures(1, 32, 32)[0], Predictor(model, info())
     torch.manual_seed(0)
     expected = torch.rand(2)
     torch.manual_seed(0)
-    together = list(predictor.mc_logits(images, [5, 6, 7], 3, "decoder"))
-    assert torch.equal(torch.rand(2), expected)  # the caller's random numbers stay its own
-    alone = list(predictor.mc_logits(images[2:], [7], 3, "decoder"))
-    assert len(together) == 3
-    for (z1, z2), (a1, a2) in zip(together, alone, strict=True):
-        assert torch.equal(z1[2:], a1) and torch.equal(z2[2:], a2)
-    assert not torch.equal(together[0][0], together[1][0])
-    other = next(iter(predictor.mc_logits(images[2:], [8], 1, "decoder")))
-    assert not torch.equal(other[0], alone[0][0])
+    first, again, other = (list(predictor.mc_logits(image, seed, 3, "decoder")) for seed in (5, 5, 6))
+    assert torch.equal(torch.rand(2), expected)
+    assert len(first) == 3
+    for (z1, z2), (a1, a2), (b1, _) in zip(first, again, other, strict=True):
+        assert torch.equal(z1, a1) and torch.equal(z2, a2)
+        assert not torch.equal(z1, b1)
+    assert not torch.equal(first[0][0], first[1][0])
 
 
 @pytest.mark.parametrize("drop_in_encoder", [False, True])
@@ -192,12 +189,12 @@ def test_mc_logits_are_those_of_the_whole_network_under_dropout(drop_in_encoder:
         model.eval()
     encoded: list[int] = []
     model.branches[0].encoder.register_forward_hook(lambda *_: encoded.append(1))
-    predictor, image = Predictor(model, info()), pictures(1, 40, 32)
-    found = list(predictor.mc_logits(image, [9], 3))
+    predictor, image = Predictor(model, info()), pictures(1, 40, 32)[0]
+    found = list(predictor.mc_logits(image, 9, 3))
     assert len(encoded) == (3 if drop_in_encoder else 1)
     torch.set_num_threads(1)
     for t, (z1, z2) in enumerate(found):
         with torch.no_grad(), mc_dropout(model), torch.random.fork_rng():
             torch.manual_seed((9 + t * 0x9E3779B97F4A7C15) % 2**63)
-            w1, w2 = model(to_batch(image))
+            w1, w2 = model(to_batch([image]))
         assert torch.equal(z1, w1) and torch.equal(z2, w2)
