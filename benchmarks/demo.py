@@ -15,10 +15,12 @@ from common import Claim, options, write
 
 
 def main() -> None:
-    args = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--run", help="folder to keep the demo in; default: none is kept")
+    args = parser.parse_args()
     small = ["train.steps=4", "data.synthetic.images=40", "data.synthetic.val_images=8"] if args.quick else []
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "raysal", "demo", "--out", scratch, "--json", *(x for s in small for x in ("--set", s))]
+        command = [sys.executable, "-m", "raysal", "demo", "--out", args.run or scratch, "--json", *(x for s in small for x in ("--set", s))]
         start = time.perf_counter()
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         whole = time.perf_counter() - start
