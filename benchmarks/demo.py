@@ -20,7 +20,8 @@ def main() -> None:
     args = parser.parse_args()
     small = ["train.steps=4", "data.synthetic.images=40", "data.synthetic.val_images=8"] if args.quick else []
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "raysal", "demo", "--out", args.run or scratch, "--json", *(x for s in small for x in ("--set", s))]
+        settings = [x for s in small for x in ("--set", s)]
+        command = [sys.executable, "-m", "raysal", "demo", "--out", args.run or scratch, "--json", *settings]
         start = time.perf_counter()
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         whole = time.perf_counter() - start
