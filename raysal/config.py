@@ -211,7 +211,7 @@ class ComputeConfig(Section):
     score_actors: Count = 0  # model actors; 0: one per core (per GPU with use_gpu)
     cpus_per_actor: PositiveFloat = 0.5  # under 1, so that read tasks always find a slot
     ingest_tasks: Count = 0  # tasks that decode unlabelled images at once; 0: a quarter of the cluster's logical CPUs
-    asynchronous_upload: bool = True  # upload checkpoints while training goes on
+    asynchronous_upload: bool = True  # train workers upload checkpoints while training goes on
 
 
 class Config(Section):

@@ -230,8 +230,18 @@ def _room(pool: _Pool, rows: np.ndarray) -> int:
     """How many of these rows the cap lets through."""
     if pool.groups is None:
         return len(rows)
-    codes, counts = np.unique(pool.groups[rows], return_counts=True)
-    return int(np.where(codes < 0, counts, np.minimum(counts, pool.cfg.group_cap)).sum())
+    return _let_through(pool.groups[rows], pool.cfg.group_cap)
+
+
+def room(groups: Sequence[str], cap: int) -> int:
+    """How many images of these groups a cap lets through; 0 is no cap, and images of unknown group ("") are not capped."""
+    codes = _codes(groups, np.arange(len(groups)))
+    return len(groups) if not cap or codes is None else _let_through(codes, cap)
+
+
+def _let_through(codes: np.ndarray, cap: int) -> int:
+    codes, counts = np.unique(codes, return_counts=True)
+    return int(np.where(codes < 0, counts, np.minimum(counts, cap)).sum())
 
 
 def _ranking(scores: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from raysal.datasets.base import Dataset, Item
 from raysal.errors import DataError, ImageError
 from raysal.query import cold
 from raysal.query.scores import needed_columns
-from raysal.query.select import offered, select, strategy_scores
+from raysal.query.select import offered, room, select, strategy_scores
 
 NOT_SCORES = {"id", "uri", "status", "error", "width", "height", "class_fractions", "embedding", "model_digest", "scored_at"}
 
@@ -72,11 +71,8 @@ def choose(table: pa.Table, bought: Collection[str], cfg: Config, budget: int, g
 def available(table: pa.Table, bought: Collection[str], cfg: Config, groups: Mapping[str, str]) -> int:
     """How many images of a scores table `choose` can choose at most: readable, not bought, within query.group_cap."""
     ids = table["id"].to_pylist()
-    rest = [ids[i] for i in offered(ids, table["status"].to_pylist(), bought)]
-    if not cfg.query.group_cap:
-        return len(rest)
-    sizes = Counter(groups.get(i, "") for i in rest)
-    return sizes.pop("", 0) + sum(min(cfg.query.group_cap, n) for n in sizes.values())
+    rest = offered(ids, table["status"].to_pylist(), bought)
+    return room([groups.get(ids[i], "") for i in rest], cfg.query.group_cap)
 
 
 def random_start(dataset: Dataset, pool: Sequence[Item], budget: int, seed: int) -> list[dict]:

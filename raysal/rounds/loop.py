@@ -133,7 +133,7 @@ class _Loop:
             self.ledger.stage(round_, "buy", partial(self._buy, round_, chosen["ids"]))
             bought.append(read_table(join(self.ledger.folder(round_), "labels.parquet")))
             trained = self.ledger.stage(round_, "train", partial(self._train, round_, bought, None, "train"))
-            remove_tree(join(self.ledger.folder(round_), "train", "fit"))  # its chosen checkpoint is kept beside it
+            remove_tree(join(self.ledger.folder(round_), "train", "fit"))  # its last and best checkpoints are kept beside it
             metrics = self._metrics(round_, bought, trained)
             outcome.rounds.append(metrics)
             outcome.checkpoint = join(self.ledger.folder(round_), trained["checkpoint"])

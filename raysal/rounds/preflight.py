@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 
 from raysal import cluster
@@ -14,7 +13,8 @@ from raysal.datasets.base import Dataset, Item
 from raysal.errors import ConfigError, DataError, ResourceError
 from raysal.model.network import TwoBranch, dropouts
 from raysal.query.scores import score_columns
-from raysal.train.feeds import share
+from raysal.query.select import room
+from raysal.train.ray import check_workers
 
 
 def preflight(cfg: Config, dataset: Dataset) -> TwoBranch:
@@ -23,9 +23,7 @@ def preflight(cfg: Config, dataset: Dataset) -> TwoBranch:
     Raises:
         InputError: Of the kind that fits, with what to change.
     """
-    cluster.check_training(cfg.compute)
-    for name in ("batch_labeled", "batch_unlabeled"):
-        share(getattr(cfg.train, name), max(1, cfg.compute.train_workers), f"train.{name}")
+    check_workers(cfg)
     if cfg.data.unlabeled_split:
         dataset.split(cfg.data.unlabeled_split)
     model = TwoBranch(cfg.model, dataset.label_set.n_classes, cfg.seed)  # reads the encoder weights
@@ -46,13 +44,11 @@ def preflight_rounds(cfg: Config, pool: Sequence[Item], model: TwoBranch) -> Non
         )
     if cfg.query.batch in ("kcenter", "product") and not cfg.score.embedding_dim:
         raise ConfigError(f"query.batch={cfg.query.batch} measures distances between embeddings; set score.embedding_dim above 0")
-    if cap := cfg.query.group_cap:
-        sizes = Counter(item.group for item in pool)
-        room = sizes.pop("", 0) + sum(min(cap, n) for n in sizes.values())
-        if room < cfg.loop.per_round:
-            raise DataError(
-                f"query.group_cap={cap} lets {room} images a round through, loop.per_round={cfg.loop.per_round} are wanted; raise the cap"
-            )
+    cap = cfg.query.group_cap
+    if (most := room([item.group for item in pool], cap)) < cfg.loop.per_round:
+        raise DataError(
+            f"query.group_cap={cap} lets {most} images a round through, loop.per_round={cfg.loop.per_round} are wanted; raise the cap"
+        )
     if cfg.loop.uncertainty_below and (cfg.score.aggregate != "mean" or cfg.score.class_bonus):
         raise ConfigError("loop.uncertainty_below bounds a mean over pixels; set score.aggregate=mean and score.class_bonus=false")
 

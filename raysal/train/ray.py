@@ -72,10 +72,7 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
         ResourceError: The cluster can't carry the workers.
         RaysalError: Training failed more often than compute.max_failures.
     """
-    compute = plan.cfg.compute
-    cluster.check_training(compute)
-    for name, batch in (("train.batch_labeled", plan.cfg.train.batch_labeled), ("train.batch_unlabeled", plan.cfg.train.batch_unlabeled)):
-        share(batch, max(1, compute.train_workers), name)
+    check_workers(plan.cfg)
     _drop_broken(folder)
     with cluster.data_context(ordered=True), _watch(plan.cfg, folder, on_progress):
         try:
@@ -91,6 +88,13 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
     last, best = join(fit_folder, saved.name(plan.cfg.train.steps)), join(fit_folder, saved.best(fit_folder))
     chosen = best if plan.cfg.loop.checkpoint == "best" else last
     return Trained(chosen, saved.metrics(chosen), last, best)
+
+
+def check_workers(cfg: Config) -> None:
+    """Refuses workers that the cluster can't carry, or that the batches don't divide over. Raises ResourceError or DataError."""
+    cluster.check_training(cfg.compute)
+    for name in ("batch_labeled", "batch_unlabeled"):
+        share(getattr(cfg.train, name), max(1, cfg.compute.train_workers), f"train.{name}")
 
 
 def _trainer(plan: Plan, folder: str) -> ray.train.torch.TorchTrainer:

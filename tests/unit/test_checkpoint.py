@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,16 +21,10 @@ from raysal.labels import AI4MARS, S5MARS, LabelSet
 from raysal.model.checkpoint import ModelInfo, digest_at, load, read_info, require_classes, save
 from raysal.model.network import TwoBranch, place
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = ModelConfig(encoder="tu-mobilenetv3_small_050", mean=(0.6, 0.5, 0.4))
 INFO = ModelInfo(AI4MARS, MODEL, input_scale=0.5, tile_px=96, parents={"round": 2, "metrics": {"miou": 0.31}})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

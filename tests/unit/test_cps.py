@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,8 @@ from raysal.train.feeds import LabeledBatch, UnlabeledBatch, _Batches, draw_at
 from raysal.train.loop import Learner
 from raysal.train.plan import Plan
 from tests.helpers import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 CLASSES, SIZE = AI4MARS.n_classes, 12
@@ -70,14 +71,6 @@ class Alone:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

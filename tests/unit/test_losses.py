@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,8 @@ from raysal.config import LossConfig
 from raysal.labels import IGNORE
 from raysal.model import losses
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EVERY = LossConfig(terms={"wce": 1.0, "dice": 0.5, "focal": 2.0, "ohem": 0.25, "lovasz": 0.75}, ohem_threshold=0.3, ohem_min_kept=7)
 TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "wce": lambda z, y: losses.wce(z, y, torch.linspace(0.2, 3, z.shape[1])),
@@ -34,14 +36,6 @@ TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_pseudo": lambda z, y: losses.cross_pseudo(z, y, y != IGNORE),
 }
 each_term = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS.keys())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batch(seed: int, scale: float = 3.0, classes: int | None = None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from raysal.config import Config
+from raysal import cluster
+from raysal.config import ComputeConfig, Config
 from raysal.datasets.base import Dataset
 from raysal.datasets.build import build, check
 from raysal.errors import CheckpointError, ConfigError, DataError, ResourceError
@@ -67,7 +68,7 @@ def test_what_would_end_a_run_after_its_first_training_is_refused(
     error: type[Exception],
     said: str,
 ) -> None:
-    monkeypatch.setattr(module.cluster, "check_training", lambda compute: None)
+    monkeypatch.setattr(cluster, "check_training", lambda compute: None)
     with pytest.raises(error, match=said):
         begin(tiny(made[1], **sections))
 
@@ -101,3 +102,12 @@ def test_an_image_to_measure_on_that_is_cut_short_is_found_before_training(tmp_p
         assert picture.size == (32, 32), "its header is whole"
     with pytest.raises(DataError, match=victim.name):
         check(dataset, ("train", "val"), pool={"train"})
+
+
+def test_workers_that_fit_in_the_cluster_but_on_no_node_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 3.0}} for _ in range(4)]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 12.0})
+    with pytest.raises(ResourceError, match="room for only 0 such workers"):
+        cluster.check_training(ComputeConfig(train_workers=2, cpus_per_worker=4))
+    cluster.check_training(ComputeConfig(train_workers=4, cpus_per_worker=2))
