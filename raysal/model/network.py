@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from raysal.config import ModelConfig
 from raysal.errors import CheckpointError, ConfigError
+from raysal.model.depthwise import speed_up
 from raysal.model.encoder_weights import EncoderWeights, is_file, load_encoder_weights
 
 Resolution = Literal["full", "decoder"]
@@ -164,6 +165,8 @@ def prepare(model: TwoBranch, cfg: ModelConfig, device: torch.device | str) -> T
         ConfigError: `model.sync_bn` on several CPU workers; PyTorch synchronises batch norm on accelerators only.
     """
     _freeze_unused(model)
+    if not cfg.compile:  # a compiler finds its own way
+        speed_up(model)
     place(model, cfg, device)
     if cfg.sync_bn and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         if torch.device(device).type == "cpu":
