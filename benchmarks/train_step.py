@@ -14,55 +14,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from common import Claim, median_ratio, options, write
-from torch import nn
+from parts.plain import PlainSession
 
 from raysal.archive.uris import join
 from raysal.config import Config, load
 from raysal.datasets.build import build
 from raysal.rounds.single import count_classes
-from raysal.train.feeds import Draws, UnlabeledBatch, loader
-from raysal.train.logs import Log, read_log
+from raysal.train.logs import read_log
 from raysal.train.loop import train
 from raysal.train.plan import Plan
-
-
-class PlainSession:
-    """The loop's session on plain torch, alone or under torchrun."""
-
-    def __init__(self, plan: Plan, folder: str) -> None:
-        self.plan, self._log = plan, Log(folder)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cpu")
-        if self.world > 1:
-            dist.init_process_group("gloo")
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
-
-    def resume(self) -> Path | None:
-        return None
-
-    def unlabeled(self, start_step: int) -> Iterator[UnlabeledBatch]:
-        plan = self.plan
-        draws = Draws(plan.dataset, plan.unlabeled, plan.cfg, "unlabeled")
-        for image, _, valid in loader(draws, start_step, plan.cfg.train.steps, plan.unlabeled_batch, self.rank, self.world, 1):
-            yield image, valid
-
-    def report(self, metrics: dict, folder: Path | None) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-    def log(self, record: dict, first_step: int | None = None) -> None:
-        if self.rank == 0:
-            if first_step is not None:
-                self._log.start(first_step)
-            self._log.add(record)
 
 
 def plan_of(cfg: Config, labeled: int) -> Plan:

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
+
 from raysal.config import ModelConfig
 from raysal.model.depthwise import DilatedDepthwise, from_sub_grids, speed_up, sub_grids
 from raysal.model.network import TwoBranch, prepare
-from torch import nn
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,0 +1,197 @@
+"""The paper's comparison on a labelled set of yours: which labels to buy, at one budget, with CPS-Mars training.
+
+    python benchmarks/label_efficiency.py --data PATH/mars --weights PATH/tf_efficientnet_lite0.safetensors
+
+Rows are ways to buy ceil(n/32) labels of a pool of n after a start with ceil(n/64); each runs with several seeds. Trainings that rows share
+run once, and every result is kept by digest under --cache: killed and started again the program goes on, and with --address its trainings
+spread over a Ray cluster. With --fold K/N nothing but the pool is used: every Nth site group, from K, is measured on and the others are
+bought from; that is where the protocol and every later choice were settled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from common import options
+from parts import lab as parts_lab, plain, table
+from parts.lab import Lab, Split, Training, with_
+
+from raysal.cluster import connected
+from raysal.config import Config, load
+
+PROTOCOL = Path(__file__).with_suffix(".yaml")
+VARIANTS = Path(__file__).with_name("label_efficiency_variants.yaml")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to spend the budget.
+
+    Attributes:
+        name: As the table prints it.
+        rounds: Query rounds at the same final budget.
+        strategy: Of each query.
+        batch: How a ranking becomes a batch.
+        cold: Which labels come first.
+        labels_of: Row whose final labels are used instead of buying; or "all".
+        steps_multiple: Length of its trainings, in the protocol's.
+        settings: More ``section: {knob: value}``.
+        paper: The published mIoU on S5Mars, where there is one.
+    """
+
+    name: str
+    rounds: int = 1
+    strategy: str = "random"
+    batch: str = "topk"
+    cold: str = "random"
+    labels_of: str | None = None
+    steps_multiple: int = 1
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paper: float | None = None
+
+
+NO_CPS: dict[str, dict[str, Any]] = {"cps": {"weight": 0.0}}
+ROWS = (
+    Row("Random", paper=66.55),
+    Row("BALD", strategy="bald", paper=70.76),
+    Row("Uncertainty", strategy="uncertainty", paper=71.24),
+    Row("Entropy", strategy="entropy", paper=73.82),
+    Row("UEQ, 1 round", strategy="ueq", paper=75.00),
+    Row("UEQ, 2 rounds", rounds=2, strategy="ueq", paper=75.13),
+    Row("UEQ, 4 rounds", rounds=4, strategy="ueq", paper=76.73),
+    Row("Margin", strategy="margin"),
+    Row("k-center", batch="kcenter"),
+    Row("Random, typical start", cold="typical"),
+    Row("Labelled only, Random's labels", labels_of="Random", settings=NO_CPS),
+    Row("Labelled only, labels of UEQ, 4 rounds", labels_of="UEQ, 4 rounds", settings=NO_CPS),
+    Row("Full supervision", labels_of="all", settings=NO_CPS, paper=80.15),
+    Row("Full supervision, 6x steps", labels_of="all", steps_multiple=6, settings=NO_CPS),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A training on the way of a row, by the number of its labels."""
+
+    labels: int
+    record: dict
+
+
+class Comparison:
+    """Runs rows at one budget.
+
+    Args:
+        lab: Does and keeps the work.
+        cfg: The protocol.
+        split: What is bought from, and measured on.
+        names: Of the pool, in order.
+    """
+
+    def __init__(self, lab: Lab, cfg: Config, split: Split) -> None:
+        self.lab, self.cfg, self.split = lab, cfg, split
+        self.names = tuple(item.name for item in split.open(cfg)[1])
+        # The published budgets are 1/64 and 1/32 of the whole pool; a fold keeps their numbers, as what trains well depends on them.
+        whole = len(Split(limit=split.limit).open(cfg)[1])
+        self.initial, self.final = math.ceil(whole / 64), math.ceil(whole / 32)
+
+    def config(self, row: Row, seed: int) -> Config:
+        """The protocol with what a row changes."""
+        cfg = with_(self.cfg, **row.settings) if row.settings else self.cfg
+        each = -(-(self.final - self.initial) // row.rounds)
+        cfg = with_(
+            cfg,
+            query={"strategy": row.strategy, "batch": row.batch}
+            | ({"candidates_factor": -(-len(self.names) // each)} if row.name == "k-center" else {}),
+            loop={"cold_start": row.cold},
+            train={"steps": row.steps_multiple * cfg.train.steps},
+        )
+        return cfg.model_copy(update={"seed": seed})
+
+    def run(self, row: Row, seed: int, rows: dict[str, Row]) -> list[Point]:
+        """All trainings of a row, first labels first."""
+        cfg = self.config(row, seed)
+        if row.labels_of is not None:
+            labels = self.names if row.labels_of == "all" else self.bought(rows[row.labels_of], seed)[-1][1]
+            return [self._point(Training(cfg, labels, self.split))]
+        return [self._point(Training(cfg, labels, self.split, start)) for start, labels in self.bought(row, seed)]
+
+    def bought(self, row: Row, seed: int) -> list[tuple[str | None, tuple[str, ...]]]:
+        """Labels of each training of a row, and the training that it starts from where it starts warm."""
+        cfg = self.config(row, seed)
+        labels = self.lab.started_with(cfg, self.split, self.initial)
+        steps: list[tuple[str | None, tuple[str, ...]]] = [(None, labels)]
+        for round_ in range(row.rounds):
+            training = Training(cfg, labels, self.split, steps[-1][0])
+            self.lab.trained(training)
+            target = self.initial + (self.final - self.initial) * (round_ + 1) // row.rounds
+            labels = (*labels, *self.lab.asked(training, cfg, target - len(labels)))
+            steps.append((training.digest() if cfg.loop.warm_start else None, labels))
+        return steps
+
+    def _point(self, training: Training) -> Point:
+        return Point(len(training.labels), self.lab.trained(training))
+
+
+def compare(comparison: Comparison, rows: list[Row], seeds: int, all_rows: dict[str, Row]) -> dict[str, list[list[Point]]]:
+    """Runs rows x seeds at once, as far as the cores go. By row: by seed: its points."""
+    chains = [(row, seed) for seed in range(seeds) for row in sorted(rows, key=lambda r: -r.rounds * r.steps_multiple)]
+    with ThreadPoolExecutor(len(chains)) as threads:
+        running = {(row.name, seed): threads.submit(comparison.run, row, seed, all_rows) for row, seed in chains}
+        return {row.name: [running[row.name, seed].result() for seed in range(seeds)] for row in rows}
+
+
+def variant_rows(file: Path, wanted: list[str] | None) -> list[Row]:
+    """Rows of a YAML file: name -> fields of `Row`."""
+    found = [Row(name, **fields) for name, fields in (yaml.safe_load(file.read_text()) or {}).items()]
+    return [row for row in found if wanted is None or row.name in wanted]
+
+
+def parse() -> argparse.Namespace:
+    parser = options(__doc__)
+    parser.add_argument("--data", required=True, help="labelled set, in the layout of the protocol's data.reader")
+    parser.add_argument("--weights", help="encoder weights, a .safetensors file")
+    parser.add_argument("--config", default=str(PROTOCOL), help="the protocol")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="changes the protocol for all rows"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", nargs="*", help="some rows by name; default: all")
+    parser.add_argument("--variants", nargs="*", help="instead of the table, rows of label_efficiency_variants.yaml; no name: all")
+    parser.add_argument("--fold", help="K/N: measure on every Nth site group of the pool, from K, instead of val")
+    parser.add_argument("--cache", default="runs/label_efficiency", help="folder or URI that keeps every result")
+    parser.add_argument("--address", help="Ray cluster that does the trainings; default: this machine's cores")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    split = Split(tuple(int(x) for x in args.fold.split("/")) if args.fold else None, 48 if args.quick else None)  # type: ignore[arg-type]
+    quick = ["train.steps=2", "augment.crop_px=64", "data.input_scale=0.25"] if args.quick else []
+    weights = [f"model.encoder_weights={args.weights}"] if args.weights else []
+    cfg = load(args.config, [f"data.root={args.data}", *weights, *quick, *args.overrides])
+    cfg = with_(cfg, compute={"address": args.address, "local_cpus": cfg.compute.local_cpus or parts_lab.cores()})
+    rows = [*ROWS, *variant_rows(VARIANTS, None)]
+    wanted = [r for r in (rows if args.variants is None else rows[len(ROWS) :]) if r.name in (args.rows or args.variants or [r.name])]
+    if args.variants is None and not args.rows:
+        wanted = list(ROWS)
+    folder = args.out / "label_efficiency"
+    for module in (plain, parts_lab):
+        ray.cloudpickle.register_pickle_by_value(module)  # other nodes need raysal alone, not this folder
+    with connected(cfg.compute):
+        lab = Lab(args.cache, [folder / "kept.jsonl"])
+        comparison = Comparison(lab, cfg, split)
+        found = compare(comparison, wanted, 1 if args.quick else args.seeds, {r.name: r for r in rows})
+    table.show(found, {r.name: r.paper for r in rows})
+    if not split.fold:
+        table.write_all(found, {r.name: r.paper for r in rows}, comparison, lab, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Trainings, scores and queries of many experiments, each done once: kept by digest, run as Ray tasks, shared by whoever asks.
+
+A training's digest is that of what decides it (configuration, labels in order of purchase, weights file, split) and of no path, so results
+travel between machines. Small results are JSON files; models and scores, which only a running experiment needs, lie beside them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from torch import set_num_threads
+
+from raysal.archive.tables import manifest_of, read_table, scores_schema
+from raysal.archive.uris import exists, join, read_bytes, write_bytes
+from raysal.config import Config, digest_of
+from raysal.datasets.base import Dataset, Item
+from raysal.datasets.build import build
+from raysal.model import checkpoint
+from raysal.model.network import TwoBranch
+from raysal.query.scores import needed_columns
+from raysal.rounds.choose import choose, random_start, typical_start
+from raysal.rounds.single import count_classes
+from raysal.stream.score import ScoreImages
+from raysal.stream.worker import Task
+from raysal.train.loop import model_info, train
+from raysal.train.plan import Plan
+
+from .plain import PlainSession
+
+DECIDES = {"seed", "data", "augment", "model", "loss", "cps", "optim", "train"}
+"""Sections of the configuration that decide a training."""
+
+SCORES = ("entropy", "uncertainty", "margin")
+"""Columns of every scoring; BALD costs ten passes and is computed where a row asks for it."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images a comparison buys from and which it measures on.
+
+    Attributes:
+        fold: None: the data set's own pool and val. (k, n): only the pool; site groups number k, k + n, k + 2n ... of the pool are
+            measured on and the others bought from. Choices are made here, so that val stays unseen.
+        limit: At most so many images of either; for smoke runs.
+    """
+
+    fold: tuple[int, int] | None = None
+    limit: int | None = None
+
+    def open(self, cfg: Config) -> tuple[Dataset, tuple[Item, ...], tuple[Item, ...]]:
+        """The data set, its pool, and the images to measure on."""
+        dataset = build(cfg.data, cfg.run)
+        pool, held = dataset.split(cfg.data.pool_split), dataset.split(cfg.data.val_split)
+        if self.fold is not None:
+            k, n = self.fold
+            site = site_groups(cfg, pool)
+            order = list(dict.fromkeys(site[item.name] for item in pool))
+            out = set(order[k::n])
+            pool, held = tuple(i for i in pool if site[i.name] not in out), tuple(i for i in pool if site[i.name] in out)
+        return dataset, pool[: self.limit], held[: self.limit]
+
+
+def site_groups(cfg: Config, items: Sequence[Item]) -> dict[str, str]:
+    """Site of each image: column site_group of a folder's tiles.csv, else the item's own group."""
+    table, coarse = join(cfg.data.root or "", "tiles.csv"), {}
+    if cfg.data.reader == "folder" and exists(table):
+        rows = csv.DictReader(io.StringIO(read_bytes(table).decode()))
+        coarse = {row["name"]: row["site_group"] for row in rows if row.get("site_group")}
+    return {item.name: coarse.get(item.name, item.group) for item in items}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training.
+
+    Attributes:
+        cfg: Its configuration.
+        labels: Names of the labelled images in order of purchase.
+        split: Where the unlabelled rest and the images to measure on come from.
+        start: Digest of the training whose weights it starts from, None for the encoder's.
+    """
+
+    cfg: Config
+    labels: tuple[str, ...]
+    split: Split
+    start: str | None = None
+
+    def digest(self) -> str:
+        """32 hex digits; knobs at their defaults are no part of it, so that new knobs leave old results valid."""
+        cfg = decides(self.cfg)
+        more = {"fold": self.split.fold, "limit": self.split.limit} | ({"start": self.start} if self.start else {})
+        return digest_of([cfg, list(self.labels), more])[:32]
+
+
+def decides(cfg: Config) -> dict[str, Any]:
+    """What of a configuration decides a training, without paths of this machine."""
+    tree = cfg.model_dump(mode="json", include=DECIDES, exclude_defaults=True)
+    tree.get("data", {}).pop("root", None)
+    weights = cfg.model.encoder_weights
+    if weights and exists(weights):
+        tree["model"]["encoder_weights"] = hashlib.sha256(read_bytes(weights)).hexdigest()[:32]
+    return tree
+
+
+class Lab:
+    """Does what experiments ask for, each thing once.
+
+    Args:
+        cache: URI of a folder that all nodes reach.
+        known: JSON Lines files of earlier results, see `export`.
+        say: Called with a line after each training.
+    """
+
+    def __init__(self, cache: str, known: Sequence[Path] = (), say: Callable[[str], None] = print) -> None:
+        self.cache, self.say = cache, say
+        self._lock, self._running = threading.Lock(), dict[str, Any]()
+        self._known: dict[str, dict] = {}
+        for file in known:
+            for line in file.read_text().splitlines() if file.exists() else ():
+                entry = json.loads(line)
+                self._known[entry["key"]] = entry["value"]
+        self.used: dict[str, dict] = {}
+        self.done, self.started = 0, time.perf_counter()
+
+    def trained(self, training: Training) -> dict:
+        """Metrics of a training: run, waited for, or known."""
+        digest = training.digest()
+        key = f"training-{digest}"
+        record = self._once(key, lambda: run_training.remote(training, self.cache, digest, commit()))
+        return record
+
+    def started_with(self, cfg: Config, split: Split, budget: int) -> tuple[str, ...]:
+        """Names of the first labels, as cfg.loop.cold_start says."""
+        key = (
+            "start-"
+            + digest_of([decides(cfg) if cfg.loop.cold_start == "typical" else cfg.seed, *_where(split), cfg.loop.cold_start, budget])[:32]
+        )
+        return tuple(self._once(key, lambda: run_start.remote(cfg, split, budget, self.cache, key)))
+
+    def asked(self, training: Training, cfg: Config, budget: int) -> tuple[str, ...]:
+        """Names that a query chooses after a training."""
+        digest = training.digest()
+        query = [
+            cfg.query.model_dump(mode="json", exclude_defaults=True),
+            cfg.score.model_dump(mode="json", exclude_defaults=True),
+            cfg.seed,
+            budget,
+        ]
+        key = "query-" + digest_of([digest, query])[:32]
+
+        def run() -> Any:
+            if cfg.query.strategy != "random" and not exists(join(self.cache, "models", digest, checkpoint.INFO)):
+                again = run_training.remote(training, self.cache, digest, commit())  # its result is known, its model is not here
+                ray.get(again)
+            return run_query.remote(training, cfg, budget, self.cache, digest)
+
+        return tuple(self._once(key, run))
+
+    def export(self, file: Path) -> None:
+        """Writes everything that was asked for as JSON Lines, in order of key."""
+        lines = [json.dumps({"key": key, "value": self.used[key]}, sort_keys=True) for key in sorted(self.used)]
+        file.write_text("\n".join(lines) + "\n")
+
+    def _once(self, key: str, submit: Callable[[], Any]) -> Any:
+        uri = join(self.cache, f"{key}.json")
+        with self._lock:
+            job = self._running.setdefault(key, _Pending())
+            mine = job.claim()
+        if mine:
+            try:
+                if key in self._known:
+                    job.value = self._known[key]
+                elif exists(uri):
+                    job.value = json.loads(read_bytes(uri))
+                else:
+                    job.value = ray.get(submit())
+                    write_bytes(uri, json.dumps(job.value).encode())
+                    self._tell(key, job.value)
+                self.used[key] = job.value
+            except BaseException as error:
+                job.error = error
+                raise
+            finally:
+                job.finished.set()
+        job.finished.wait()
+        if job.error is not None:
+            raise job.error
+        return job.value
+
+    def _tell(self, key: str, value: Any) -> None:
+        if key.startswith("training-"):
+            self.done += 1
+            minutes = (time.perf_counter() - self.started) / 60
+            self.say(
+                f"{minutes:6.1f} min  training {self.done}: {value['labels_n']} labels, seed {value['seed']}, mIoU {value['miou']:.4f}, {value['seconds']:.0f} s"
+            )
+
+
+class _Pending:
+    """A result that one thread makes and others wait for."""
+
+    def __init__(self) -> None:
+        self.finished, self.value, self.error, self._claimed = threading.Event(), None, None, False
+
+    def claim(self) -> bool:
+        first, self._claimed = not self._claimed, True
+        return first
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def run_training(training: Training, cache: str, digest: str, code: str) -> dict:
+    """Trains on one core and measures; the model goes to models/DIGEST."""
+    set_num_threads(1)
+    began = time.perf_counter()
+    cfg, folder = training.cfg, join(cache, "models", digest)
+    dataset, pool, held = training.split.open(cfg)
+    by_name, bought = {item.name: item for item in pool}, set(training.labels)
+    labeled = tuple(by_name[name] for name in training.labels)
+    extra = dataset.split(cfg.data.unlabeled_split) if cfg.data.unlabeled_split else ()
+    counts = count_classes(dataset, labeled)
+    pixels, images = tuple(counts.sum(0).tolist()), tuple((counts > 0).sum(0).tolist())
+    rest = tuple(item for item in pool if item.name not in bought)
+    start = join(cache, "models", training.start) if training.start else None
+    plan = Plan(cfg, dataset, labeled, (*rest, *extra), held, pixels, images, start)
+    session = PlainSession(plan, join(folder, "log"), processes=0, keep=folder)
+    train(plan, session)
+    session.close()
+    measured = json.loads(read_bytes(join(folder, checkpoint.INFO)))["parents"]["metrics"]
+    classes, sites = dataset.label_set.classes, site_groups(cfg, pool)
+    return {
+        "digest": digest,
+        "seed": cfg.seed,
+        "config": decides(cfg),
+        "fold": training.split.fold,
+        "pool": len(pool),
+        "labels_n": len(labeled),
+        "labels": list(training.labels) if len(labeled) < len(pool) else "all",
+        "class_images": dict(zip(classes, images, strict=True)),
+        "sites": len({sites[item.name] for item in labeled}),
+        "panoramas": len({item.group for item in labeled}),
+        **measured,
+        "seconds": round(time.perf_counter() - began, 1),
+        "commit": code,
+    }
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def run_start(cfg: Config, split: Split, budget: int, cache: str, key: str) -> list[str]:
+    """Chooses the first labels."""
+    set_num_threads(1)
+    dataset, pool, _ = split.open(cfg)
+
+    def embed() -> pa.Table:
+        folder = join(cache, "models", key)
+        plan = Plan(cfg, dataset, (), (), (), (), ())
+        checkpoint.save(folder, TwoBranch(cfg.model, dataset.label_set.n_classes, cfg.seed), model_info(plan))
+        return _scored(cfg, pool, folder, ())
+
+    typical = cfg.loop.cold_start == "typical"
+    rows = typical_start(embed, budget, cfg.seed) if typical else random_start(dataset, pool, budget, cfg.seed)
+    names = {item.id: item.name for item in pool}
+    return [names[row["id"]] for row in rows]
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def run_query(training: Training, cfg: Config, budget: int, cache: str, digest: str) -> list[str]:
+    """Scores the pool with a trained model, and chooses."""
+    set_num_threads(1)
+    _, pool, _ = training.split.open(cfg)
+    by_id, bought = {item.id: item for item in pool}, set(training.labels)
+    if cfg.query.strategy == "random" and cfg.query.batch == "topk":
+        listed = manifest_of(pool).select(["id", "uri"])
+        table = listed.append_column("status", pa.array(["ok"] * len(pool)))
+    else:
+        needed = needed_columns(cfg.query.strategy)
+        table = _scored(cfg, pool, join(cache, "models", digest), tuple(dict.fromkeys((*SCORES, *needed))))
+    have = {item.id for item in pool if item.name in bought}
+    rows = choose(table, have, cfg, budget, {item.id: item.group for item in pool})
+    return [by_id[row["id"]].name for row in rows]
+
+
+def _scored(cfg: Config, pool: Sequence[Item], model: str, columns: tuple[str, ...]) -> pa.Table:
+    """The scores table of a pool by a model, from the actor that scores archives; kept beside the model."""
+    score = cfg.score.model_copy(update={"scores": columns})
+    cfg = cfg.model_copy(update={"score": score})
+    out = join(model, "scores-" + digest_of([score.model_dump(mode="json"), cfg.seed])[:16])
+    if not exists(join(out, "done")):
+        task = Task(cfg, model, checkpoint.digest_at(model), out, scores_schema(columns, score.embedding_dim), "cpu", 1)
+        receipt = ScoreImages(task)(manifest_of(pool)).to_pylist()[0]
+        if receipt.get("error"):
+            raise RuntimeError(f"scoring with {model} failed: {receipt}")
+        write_bytes(join(out, "done"), b"")
+    return read_table(out)
+
+
+def _where(split: Split) -> list:
+    return [split.fold, split.limit]
+
+
+def commit() -> str:
+    """The checked-out commit, marked where files differ from it."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
+def with_(cfg: Config, **sections: dict[str, Any]) -> Config:
+    """A configuration with some knobs of some sections changed, checked."""
+    changed = {name: getattr(cfg, name).model_copy(update=update) for name, update in sections.items()}
+    return Config.model_validate(cfg.model_copy(update=changed).model_dump())
+
+
+def cores() -> int:
+    """Of this machine: one training each."""
+    return os.cpu_count() or 1
