@@ -12,7 +12,7 @@ import typer
 
 from raysal.config import Config, load
 from raysal.errors import ConfigError, RaysalError
-from raysal.progress import Ui
+from raysal.progress import Ui, interval
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -101,13 +101,40 @@ def evaluate(
     """
     from raysal.rounds.single import evaluate_checkpoint
 
-    layout = [f"data.reader={json.dumps(reader)}"] if reader is not None else []
-    cfg, ui = load(config, [f"data.root={json.dumps(dataset)}", *layout, *set_]), _ui(json_)
-    if cfg.data.reader == "synthetic":  # scenes that were drawn are a folder like any other; none are drawn for an evaluation
-        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"reader": "folder"})})
+    cfg, ui = _of_folder(dataset, reader, config, set_), _ui(json_)
     with ui:
         result = evaluate_checkpoint(checkpoint, cfg, split, ui.progress)
     ui.result(result, lambda: print(_measured(result), flush=True))
+
+
+@app.command()
+def audit(
+    labels: Annotated[str, typer.Argument(help="Table of masks: a folder or file of Parquet.")],
+    checkpoint: Annotated[str, typer.Argument(help="The checkpoint folder that made them.")],
+    dataset: Annotated[str, typer.Argument(help="Data set folder that holds the experts' masks of the images to check.")],
+    images: Annotated[int, typer.Option(min=1, help="Random images to check; all where there are fewer.")] = 30,
+    learnt: Annotated[
+        list[str], typer.Option(help="Labels that the model learnt from (a run folder, or a labels.parquet): left out. Repeatable.")
+    ] = [],  # noqa: B006
+    out: Annotated[str | None, typer.Option(help="JSON file for the result.")] = None,
+    reader: Annotated[str | None, typer.Option(help="Layout: folder, s5mars or ai4mars. Default: that of --config, or folder.")] = None,
+    config: OptionalConfig = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """How good masks are where nobody labelled, with an interval, from a few random images that experts did.
+
+    Example: raysal audit runs/demo/labels runs/demo/rounds/002/checkpoint runs/demo/data --images 30 --learnt runs/demo
+    """
+    from raysal.rounds.ledger import write_json
+    from raysal.rounds.single import audit_labels
+
+    cfg, ui = _of_folder(dataset, reader, config, set_), _ui(json_)
+    with ui:
+        result = audit_labels(labels, checkpoint, cfg, images, learnt, ui.progress)
+    if out:
+        write_json(out, result)
+    ui.result(result, lambda: print(_audited(result), flush=True))
 
 
 @app.command()
@@ -227,6 +254,15 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
+def _of_folder(dataset: str, reader: str | None, config: Path | None, set_: list[str]) -> Config:
+    """A configuration for a data set that lies in a folder."""
+    layout = [f"data.reader={json.dumps(reader)}"] if reader is not None else []
+    cfg = load(config, [f"data.root={json.dumps(dataset)}", *layout, *set_])
+    if cfg.data.reader == "synthetic":  # scenes that were drawn are a folder like any other; none are drawn here
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"reader": "folder"})})
+    return cfg
+
+
 def _run_loop(cfg: Config, as_json: bool) -> None:
     from raysal.cluster import connected
     from raysal.report import build
@@ -241,6 +277,7 @@ def _run_loop(cfg: Config, as_json: bool) -> None:
         "stopped": outcome.stopped,
         "checkpoint": outcome.checkpoint,
         "labels": outcome.labels,
+        "audit": outcome.audit,
         "report": page,
         "rounds": [{k: m[k] for k in ("round", "labels", "miou", "seconds")} for m in outcome.rounds],
     }
@@ -282,6 +319,20 @@ def _measured(result: dict) -> str:
             ),
         ]
     )
+
+
+def _audited(result: dict) -> str:
+    """What an audit found, for people."""
+    lines = [
+        f"mIoU {interval(result['miou'])} of {result['population']} masks (95% interval), from {len(result['images'])} random images",
+        f"calibration error (ECE) {_number(result['calibration']['ece'])}, pixel accuracy {result['accuracy']:.4f}",
+        "IoU by class:",
+        *(f"{name:>14}  {interval(value)}" for name, value in result["iou"].items()),
+    ]
+    for entry in result["abstention"]:
+        reached = "nothing kept" if entry["reached_of_all"] is None else f"{100 * entry['reached_of_all']:.1f}% right"
+        lines.append(f"kept for {100 * entry['precision']:.0f}% on val: {100 * entry['kept_of_all']:.1f}% of the pixels, {reached}")
+    return "\n".join(lines)
 
 
 def _shares(row: list[int]) -> list[str]:

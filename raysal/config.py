@@ -193,6 +193,7 @@ class LoopConfig(Section):
     uncertainty_below: NonNegative = 0.0  # stop once the pool's mean branch uncertainty is under this; 0: never
     warm_start: bool = False  # start each round's training from the last round's weights instead of the encoder's
     final_steps: Positive | None = None  # length of the last training; null: train.steps, and the last round's model is final
+    audit: Count = 0  # random images that experts label at the end, never learnt from: they say how good the masks are; 30 is a fair start
     checkpoint: Literal["last", "best"] = "last"  # which checkpoint scores and labels; best peeks at val
     full_miou: Fraction | None = None  # full supervision's val mIoU where known: a line in the report
 

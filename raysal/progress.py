@@ -24,6 +24,7 @@ WORDS = {
     "score": "scoring the pool",
     "label": "masks for the pool",
     "final": "last training",
+    "audit": "checking random masks with experts' labels",
     "synth": "drawing scenes",
 }
 PLAIN_EVERY_S = 10.0
@@ -126,3 +127,13 @@ class Ui:
         }
         for name, where in (("ended", reason[outcome.stopped]), ("report", page), ("masks", outcome.labels), ("model", outcome.checkpoint)):
             self.out.print(f"{name:>7}  {where}", highlight=False, soft_wrap=True, markup=False)
+        if outcome.audit is not None:
+            self.out.print(
+                f"  audit  mIoU of the masks {interval(outcome.audit)} (95%), from {cfg.loop.audit} random labels", highlight=False
+            )
+
+
+def interval(estimate: dict) -> str:
+    """A value with its interval, as {value, low, high}."""
+    value, low, high = ("-" if estimate[k] is None else f"{estimate[k]:.3f}" for k in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"

@@ -139,8 +139,8 @@ class Lab:
         """Metrics of a training: run, waited for, or known."""
         digest = training.digest()
         key = f"training-{digest}"
-        record = self._once(key, lambda: run_training.remote(training, self.cache, digest, commit()))
-        return record
+        result: dict = self._once(key, lambda: run_training.remote(training, self.cache, digest, commit()))
+        return result
 
     def started_with(self, cfg: Config, split: Split, budget: int) -> tuple[str, ...]:
         """Names of the first labels, as cfg.loop.cold_start says."""
@@ -171,7 +171,7 @@ class Lab:
 
     def export(self, file: Path) -> None:
         """Writes everything that was asked for as JSON Lines, in order of key."""
-        lines = [json.dumps({"key": key, "value": self.used[key]}, sort_keys=True) for key in sorted(self.used)]
+        lines = [json.dumps({"key": key, "value": self.used[key]}) for key in sorted(self.used)]
         file.write_text("\n".join(lines) + "\n")
 
     def _once(self, key: str, submit: Callable[[], Any]) -> Any:
@@ -204,9 +204,8 @@ class Lab:
         if key.startswith("training-"):
             self.done += 1
             minutes = (time.perf_counter() - self.started) / 60
-            self.say(
-                f"{minutes:6.1f} min  training {self.done}: {value['labels_n']} labels, seed {value['seed']}, mIoU {value['miou']:.4f}, {value['seconds']:.0f} s"
-            )
+            what = f"{value['labels_n']} labels, seed {value['seed']}, mIoU {value['miou']:.4f}, {value['seconds']:.0f} s"
+            self.say(f"{minutes:6.1f} min  training {self.done}: {what}")
 
 
 class _Pending:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raysal.labels import IGNORE
+
+PRECISIONS = (0.8, 0.9, 0.95)
+"""Shares of right pixels for which thresholds of abstention are stated."""
 
 
 def confusion(pred_BHW: Any, truth_BHW: Any, n: int) -> Tensor:
@@ -93,3 +97,60 @@ class Calibration:
             "accuracy": [float(r / c) if c else None for r, c in zip(right, count, strict=True)],
             "confidence": [float(s / c) if c else None for s, c in zip(confidence, count, strict=True)],
         }
+
+
+class ClassReliability:
+    """How often the pixels given to each class are right, by confidence: from which confidence on a class can be kept.
+
+    Attributes:
+        counts: int64 [2, C, n_bins] on the CPU, by predicted class: pixels, and right ones. Bin i holds confidences [i/n, (i+1)/n).
+    """
+
+    def __init__(self, n_classes: int, n_bins: int = 100) -> None:
+        self.counts = torch.zeros(2, n_classes, n_bins, dtype=torch.int64)
+
+    def add(self, predicted_BHW: Any, confidence_BHW: Any, truth_BHW: Any) -> None:
+        """Adds a batch: class ids and their probability [B, H, W], truth [B, H, W] with 255 = ignored."""
+        truth = torch.as_tensor(truth_BHW)
+        labelled = truth != IGNORE
+        predicted, confidence = torch.as_tensor(predicted_BHW)[labelled].long(), torch.as_tensor(confidence_BHW)[labelled].double()
+        _, n_classes, n_bins = self.counts.shape
+        cells = predicted * n_bins + (confidence * n_bins).long().clamp_(0, n_bins - 1)
+        right = predicted == truth[labelled]
+        for row, which in zip(self.counts, (cells, cells[right]), strict=True):
+            row += torch.bincount(which, minlength=n_classes * n_bins).view(n_classes, n_bins)
+
+    def kept(self) -> Tensor:
+        """int64 [2, C, n_bins]: pixels, and right ones, whose confidence reaches the lower edge of each bin."""
+        return self.counts.flip(2).cumsum(2).flip(2)
+
+    def thresholds(self, precision: float) -> list[float | None]:
+        """Lowest confidence of each class from which its pixels are right as often as wanted; None where no confidence reaches that."""
+        pixels_CN, right_CN = self.kept()
+        enough_CN = (pixels_CN > 0) & (right_CN >= precision * pixels_CN)
+        n_bins = enough_CN.shape[1]
+        return [int(row.int().argmax()) / n_bins if row.any() else None for row in enough_CN]
+
+    def at(self, thresholds: Sequence[float | None]) -> list[tuple[int, int]]:
+        """(pixels, right ones) of each class whose confidence reaches its threshold; (0, 0) without a threshold."""
+        kept, n_bins = self.kept(), self.counts.shape[2]
+        bins = [None if t is None else round(t * n_bins) for t in thresholds]
+        return [(0, 0) if b is None else (int(kept[0, c, b]), int(kept[1, c, b])) for c, b in enumerate(bins)]
+
+    def to_dict(self, classes: Sequence[str], precisions: Sequence[float] = PRECISIONS) -> list[dict[str, Any]]:
+        """JSON-able, one entry a precision: each class's threshold, the precision and the share of its pixels that are kept there."""
+        all_C = self.counts[0].sum(1).tolist()
+        found = []
+        for wanted in precisions:
+            thresholds = self.thresholds(wanted)
+            at = self.at(thresholds)
+            found.append(
+                {
+                    "precision": wanted,
+                    "threshold": dict(zip(classes, thresholds, strict=True)),
+                    "reached": {c: right / kept if kept else None for c, (kept, right) in zip(classes, at, strict=True)},
+                    "kept": {c: kept / n if n else None for c, (kept, _), n in zip(classes, at, all_C, strict=True)},
+                    "kept_of_all": sum(kept for kept, _ in at) / max(1, sum(all_C)),
+                }
+            )
+        return found

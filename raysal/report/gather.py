@@ -26,7 +26,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 Json = dict[str, Any]
 
-STAGES = ("choose", "buy", "train", "score", "final", "label")
+STAGES = ("choose", "buy", "train", "score", "final", "label", "audit")
 """The order of a round's stages."""
 
 STAND_IN_COLORS = (

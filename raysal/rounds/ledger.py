@@ -24,7 +24,7 @@ from raysal.errors import ConfigError, InputError
 OnStage = Callable[[int | None, str, str, float], None]
 """Called with (round or None, stage, "start" | "done" | "kept", seconds)."""
 
-EXTENDABLE = {"rounds", "target_miou", "no_gain_rounds", "min_gain", "uncertainty_below", "full_miou"}
+EXTENDABLE = {"rounds", "target_miou", "no_gain_rounds", "min_gain", "uncertainty_below", "full_miou", "audit"}
 """Knobs of ``loop`` that may change between two calls on one run: they only say how far to go."""
 
 

@@ -28,6 +28,7 @@ from raysal.model import checkpoint
 from raysal.model.network import TwoBranch
 from raysal.query.scores import needed_columns, rarity_bonus
 from raysal.query.select import offered
+from raysal.rounds.audit import audit
 from raysal.rounds.choose import available, choose, random_start, typical_start
 from raysal.rounds.ledger import Ledger, OnStage, write_json
 from raysal.rounds.oracle import buy
@@ -67,6 +68,7 @@ class Outcome:
         stopped: Why it ended: "rounds", "target", "no gain", "uncertainty", or "pool" where no image is left to ask for.
         checkpoint: URI of the final checkpoint.
         labels: URI of the masks of the pool.
+        audit: mIoU of those masks as {value, low, high}, estimated from the audited images; None without an audit.
     """
 
     run: str
@@ -74,6 +76,7 @@ class Outcome:
     stopped: str = "rounds"
     checkpoint: str = ""
     labels: str = ""
+    audit: dict | None = None
 
 
 def run_loop(cfg: Config, watcher: Watcher | None = None) -> Outcome:
@@ -279,10 +282,31 @@ class _Loop:
             return {"counts": summary.counts, "images_per_second": summary.images_per_second}
 
         self.ledger.stage(round_, "label", label)
+        self._audit(outcome, bought, round_)
         self.ledger.note(stopped=outcome.stopped, warnings=list(self.warnings))
         outcome.rounds[-1] = outcome.rounds[-1] | {"seconds": self.ledger.seconds(round_)}
         write_json(join(self.ledger.folder(round_), "metrics.json"), outcome.rounds[-1])
         return outcome
+
+    def _audit(self, outcome: Outcome, bought: Sequence[pa.Table], round_: int) -> None:
+        """Asks about random images that were never learnt from, and states how good the masks are."""
+        learnt = {i for table in bought for i in table["id"].to_pylist()}
+        images = self.cfg.loop.audit
+        done = self.ledger.done(round_, "audit")
+        if done and (done["images"], done["digest"]) != (images, checkpoint.digest_at(outcome.checkpoint)):
+            self.ledger.forget(round_, "audit")
+        if images == 0 or len(learnt) == len(self.pool):
+            remove_tree(join(self.ledger.run, "audit.json"))
+            return
+
+        def work(_: str) -> dict:
+            device = "cuda" if self.cfg.compute.use_gpu else "cpu"
+            progress = lambda done, total: self.watcher.on_progress(done, total, {})  # noqa: E731
+            found = audit(outcome.checkpoint, outcome.labels, self.dataset, self.pool, learnt, images, self.cfg.seed, device, progress)
+            write_json(join(self.ledger.run, "audit.json"), found)
+            return {"images": images, "digest": found["model_digest"], "miou": found["miou"]}
+
+        outcome.audit = self.ledger.stage(round_, "audit", work)["miou"]
 
     # --- stopping rules ----------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from raysal.datasets.build import build, check, class_pixels
 from raysal.errors import DataError, ImageError, InputError
 from raysal.model import checkpoint
 from raysal.model.runtime import Predictor
+from raysal.rounds.audit import audit
 from raysal.rounds.choose import choose
 from raysal.rounds.ledger import Ledger, write_json
 from raysal.rounds.loop import Watcher
@@ -95,6 +96,26 @@ def evaluate_checkpoint(uri: str, cfg: Config, split: str, on_progress: Callable
         "images": len(items),
         **result.to_dict(dataset.label_set.classes),
     }
+
+
+def audit_labels(
+    labels: str, checkpoint_uri: str, cfg: Config, images: int, learnt: Sequence[str], on_progress: Callable[[int, int, dict], None]
+) -> dict:
+    """Audits a table of masks with the labels of a data set; see `raysal.rounds.audit.audit`.
+
+    Args:
+        labels: Table of masks.
+        checkpoint_uri: The model that made them.
+        cfg: Its data section names the data set; pool_split holds the images that experts can be asked about.
+        images: How many to draw.
+        learnt: Tables of labels, or run folders, that the model learnt from.
+        on_progress: Called as on_progress(done, total, {}).
+    """
+    dataset = build(cfg.data, cfg.run)
+    ids = {i for given in learnt for table in _label_tables(given) for i in read_table(table, ["id"])["id"].to_pylist()}
+    items, device = dataset.split(cfg.data.pool_split), "cuda" if cfg.compute.use_gpu else "cpu"
+    checkpoint.require_classes(checkpoint_uri, checkpoint.read_info(checkpoint_uri), dataset.label_set)
+    return audit(checkpoint_uri, labels, dataset, items, ids, images, cfg.seed, device, lambda done, total: on_progress(done, total, {}))
 
 
 def query_scores(scores: str, cfg: Config, budget: int, out: str, labeled: Sequence[str], manifest: str | None) -> list[dict]:

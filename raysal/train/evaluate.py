@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from raysal.datasets.base import Dataset, Item
 from raysal.errors import DataError, ImageError
-from raysal.model.metrics import Calibration, accuracy, confusion, iou, miou
+from raysal.model.metrics import Calibration, ClassReliability, accuracy, confusion, iou, miou
 from raysal.model.runtime import Predictor
 
 
@@ -23,10 +23,12 @@ class Evaluation:
     Attributes:
         confusion: int64 [C, C], rows truth, columns prediction; ignored pixels are left out.
         calibration: Confidence against correctness over the same pixels.
+        reliability: The same by predicted class.
     """
 
     confusion: torch.Tensor
     calibration: Calibration
+    reliability: ClassReliability
 
     @property
     def miou(self) -> float:
@@ -42,6 +44,7 @@ class Evaluation:
             "iou": dict(zip(classes, per_class, strict=True)),
             "confusion": self.confusion.tolist(),
             "calibration": self.calibration.to_dict(),
+            "abstention": self.reliability.to_dict(classes),
         }
 
 
@@ -61,7 +64,7 @@ def evaluate(
         DataError: An image or mask of the split can't be read; metrics over the rest would not be comparable.
     """
     n = dataset.label_set.n_classes
-    total, calibration = torch.zeros(n, n, dtype=torch.int64), Calibration()
+    total, calibration, reliability = torch.zeros(n, n, dtype=torch.int64), Calibration(), ClassReliability(n)
     mine = items[rank::world]
     done = 0
     for images, masks in _batches(dataset, mine, batch):
@@ -69,15 +72,16 @@ def evaluate(
         truth_BHW = torch.from_numpy(np.stack(masks))
         total += confusion(torch.from_numpy(prediction.masks), truth_BHW, n)
         calibration.add(prediction.probabilities, truth_BHW)
+        reliability.add(prediction.masks, prediction.confidence, truth_BHW)
         done += len(images)
         if on_progress:
             on_progress(done, len(mine))
     if dist.is_initialized() and world > 1:
-        for tensor in (total, calibration.sums):
+        for tensor in (total, calibration.sums, reliability.counts):
             moved = tensor.to(device or "cpu")
             dist.all_reduce(moved)
             tensor.copy_(moved)
-    return Evaluation(total, calibration)
+    return Evaluation(total, calibration, reliability)
 
 
 def _batches(dataset: Dataset, items: Sequence[Item], batch: int) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
