@@ -133,6 +133,25 @@ def reliability(counts_B: np.ndarray, accuracy_B: np.ndarray, confidence_B: np.n
     return fig
 
 
+def intervals(
+    names: Sequence[str], colors: Sequence[Rgb], value_N: np.ndarray, low_N: np.ndarray, high_N: np.ndarray, theme: Theme
+) -> Figure:
+    """Estimates in 0..1 (percent on the axis) with the interval that each is known to; NaN: not known."""
+    fig = figure(theme, HALF, _class_height(names))
+    ax = dress(fig.subplots(), theme, grid="x")
+    y = np.arange(len(names))
+    ax.hlines(y, 100 * low_N, 100 * high_N, color=[tuple(c / 255 for c in color) for color in colors], linewidth=5, alpha=0.75)
+    ax.scatter(100 * value_N, y, s=46, color=theme.accent, edgecolor=theme.card, zorder=3)
+    for i, value in enumerate(value_N):
+        text = f"{100 * value:.0f}" if np.isfinite(value) else "n/a"
+        ax.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=theme.ink, annotation_clip=False)
+    ax.set_yticks(y, names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("IoU (%), estimated, with its 95 % interval")
+    return fig
+
+
 def class_balance(
     classes: Sequence[str],
     colors: Sequence[Rgb],

@@ -91,6 +91,7 @@ class Run:
         record: run.json.
         rounds: In order; finished and unfinished.
         pool: Rows of the manifest; None where there is none yet.
+        audit: audit.json.
         notes: What could not be read, in sentences; the page prints them.
     """
 
@@ -100,6 +101,7 @@ class Run:
     record: Json = field(default_factory=dict)
     rounds: tuple[Round, ...] = ()
     pool: int | None = None
+    audit: Json = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -144,6 +146,7 @@ def read_run(uri: str) -> Run:
     if run.config_text:
         run.config = run.attempt("config.yaml", lambda: configs.build(yaml.safe_load(run.config_text) or {}, "config.yaml"), None)
     run.record = _json(run, join(uri, "run.json"), "run.json")
+    run.audit = _json(run, join(uri, "audit.json"), "audit.json")
     manifest = join(uri, "manifest.parquet")
     if exists(manifest):
         run.pool = run.attempt("manifest.parquet", lambda: read_table(manifest, ["id"]).num_rows, None)

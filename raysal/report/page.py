@@ -21,7 +21,7 @@ from raysal.report.examples import Examples, examples
 from raysal.report.gallery import write_sheets
 from raysal.report.gather import Run, label_set, mapping, number, read_run, rows
 from raysal.report.pictures import Limits, heat, jpeg_uri, mask_uri, overlay
-from raysal.report.sections import SECTIONS, Desk, full_miou, labels_of, rates, times
+from raysal.report.sections import SECTIONS, Desk, full_miou, labels_of, rates, thresholds, times
 from raysal.report.words import duration, percent, significant
 
 REASONS_SHOWN = 5
@@ -85,6 +85,7 @@ def render(run: Run) -> str:
         "trouble": trouble(run),
         "warnings": warnings_of(run),
         "table": _table(run),
+        "thresholds": run.attempt("thresholds", lambda: thresholds(run, classes.classes), []),
         "facts": facts(run),
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -144,7 +144,43 @@ def trust(desk: Desk) -> list[Chart]:
             "how many pixels each confidence stands for.",
             lambda t: figures.reliability(np.nan_to_num(pixels_B), accuracy_B, confidence_B, number(calibration.get("ece")), t),
         )  # fmt: skip
-    return charts
+    return charts + _audit(desk)
+
+
+def _audit(desk: Desk) -> list[Chart]:
+    """What the audit estimates of the pool's masks: mIoU and each class, with intervals."""
+    found = desk.run.audit
+    if not found:
+        return []
+    estimates = [mapping(found.get("miou")), *(mapping(mapping(found.get("iou")).get(c)) for c in desk.classes)]
+    value_N, low_N, high_N = (np.array([number(e.get(key)) for e in estimates]) for key in ("value", "low", "high"))
+    n, population = len(found.get("images") or ()), number(found.get("population"))
+    return desk.draw(
+        "audit", "How good are the masks that nobody drew?",
+        f"Experts labelled {n} random images of {population:,.0f} that the model never learnt from. The dot is what those say about all "
+        "of them, the bar where the truth lies with 95 % confidence (more such images make it shorter); n/a: none of them shows the class.",
+        lambda t: figures.intervals(("mean", *desk.classes), ((128, 128, 128), *desk.label_set.colors), value_N, low_N, high_N, t),
+    )  # fmt: skip
+
+
+def thresholds(run: Run, classes: tuple[str, ...]) -> list[dict]:
+    """Rows of the table of abstention: what is kept for a wanted share of right pixels, settled on val and, audited, what it came to."""
+    settled = run.finished[-1].metrics.get("abstention") if run.finished else None
+    audited = {number(mapping(e).get("precision")): mapping(e) for e in run.audit.get("abstention") or []}
+    found = []
+    for entry in map(mapping, settled if isinstance(settled, list) else []):
+        wanted, at = number(entry.get("precision")), mapping(entry.get("threshold"))
+        checked = audited.get(wanted, {})
+        found.append(
+            {
+                "wanted": wanted,
+                "threshold": [number(at.get(c)) for c in classes],
+                "kept": number(entry.get("kept_of_all")),
+                "audited": number(checked.get("reached_of_all")),
+                "audited_kept": number(checked.get("kept_of_all")),
+            }
+        )
+    return found
 
 
 def training(desk: Desk) -> list[Chart]:
