@@ -92,6 +92,7 @@ class ModelConfig(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # RGB in 0..1; keep ImageNet's with ImageNet weights
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)  # as mean; the two belong together
     predict: Literal["mean", "branch1"] = "mean"  # one mask from both branches' mean, or branch 1 alone (half the time; CPS's authors)
+    flip: bool = False  # predict the mean of the image and its mirror image: steadier masks for twice the time
     sync_bn: bool = False  # batch statistics over all workers; turn on when a worker holds under 8 images
     compile: bool = False  # torch.compile of both branches; pays on GPUs and long runs
     channels_last: bool = True  # memory layout that convolutions prefer
@@ -124,8 +125,17 @@ class CpsConfig(Section):
     cutmix_area: tuple[Fraction, Fraction] = (0.25, 0.5)  # share of the image that the boxes cover together
     ramp_fraction: Fraction = 0.0  # lambda * exp(-5 (1 - t/T)^2) over this share of the steps; 0.1 helps under 100 labels
     on_null: bool = True  # also on pixels of labelled images that the expert left blank
+    threshold: Fraction = 0.0  # pseudo labels less sure than this do not count; 0: all do, as in CPS
+    class_threshold: bool = False  # threshold (above 0) scaled by how sure the branch is of each class: rare ones are let in earlier
+    paste: Fraction = 0.0  # probability that a region of a labelled image, rare classes first, is pasted into an unlabelled one
     ema: bool = False  # pseudo labels from a moving average of each branch; steadier, one more copy of the weights
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.996  # share of the old average kept at each step
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> CpsConfig:
+        if self.paste and not self.cutmix:
+            raise ValueError("paste mixes into CutMix images; set cutmix: true, or paste: 0")
+        return self
 
 
 class OptimConfig(Section):

@@ -175,6 +175,37 @@ def cross_pseudo(logits_BCHW: Tensor, pseudo_BHW: Tensor, where_BHW: Tensor) -> 
     return wce(logits_BCHW, torch.where(where_BHW, pseudo_BHW.long(), IGNORE))
 
 
+@torch.no_grad()
+def pseudo_labels(logits_BCHW: Tensor, threshold: float = 0.0, by_class: bool = False) -> Tensor:
+    """Hard labels of a branch for the other one: argmax, IGNORE where it is not sure enough.
+
+    With p the confidence of a pixel and mu_c the mean confidence of the pixels that the batch, over all workers, gives to class c, a
+    pixel counts where p >= threshold, or by class where p >= threshold * mu_c / max mu: a class that the branch is not sure of yet is let
+    in earlier (the idea of FlexMatch, Zhang et al., NeurIPS 2021, and of AEL's confidence bank, Hu et al., NeurIPS 2021; of this batch
+    alone, so that a resumed training goes on with nothing to remember).
+
+    Args:
+        logits_BCHW: [B, C, H, W].
+        threshold: 0 keeps every pixel.
+        by_class: Whether to scale it.
+
+    Returns:
+        int64 [B, H, W].
+    """
+    if threshold == 0:
+        return logits_BCHW.argmax(1)
+    confidence_BHW, label_BHW = logits_BCHW.float().softmax(1).max(1)
+    needed = torch.full((logits_BCHW.shape[1],), threshold, device=logits_BCHW.device)
+    if by_class:
+        named = label_BHW.flatten()
+        sums_C = torch.zeros_like(needed).index_add_(0, named, confidence_BHW.flatten())
+        counts_C = torch.zeros_like(needed).index_add_(0, named, torch.ones_like(confidence_BHW).flatten())
+        sums_C, counts_C = global_sum(torch.stack([sums_C, counts_C]))
+        mu_C = sums_C / counts_C.clamp_min(1)
+        needed = threshold * mu_C / mu_C.max()
+    return torch.where(confidence_BHW >= needed[label_BHW], label_BHW, IGNORE)
+
+
 def ramp(step: int, steps: int, fraction: float) -> float:
     """Share of lambda at a step: exp(-5 (1 - t/T)^2) over the first T = fraction * steps (Laine & Aila, ICLR 2017), then 1."""
     length = fraction * steps

@@ -130,10 +130,16 @@ class Predictor:
 
     def _predict(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BCHW, size_HW = self._scaled(images_BCHW), images_BCHW.shape[-2:]
-        logits = self.model(x_BCHW) if self.info.predict == "mean" else (self.model.branch(0, x_BCHW),)
+        logits = list(self._voters(x_BCHW))
+        if self.info.model.flip:
+            logits += [z.flip(-1) for z in self._voters(x_BCHW.flip(-1))]
         p_BCHW = torch.stack([resize(z, size_HW).softmax(dim=1) for z in logits]).mean(dim=0)
         confidence_BHW, masks_BHW = p_BCHW.max(dim=1)
         return p_BCHW, confidence_BHW, masks_BHW.to(torch.uint8)
+
+    def _voters(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Logits of the branches that a prediction is the mean of."""
+        return self.model(x_BCHW) if self.info.predict == "mean" else (self.model.branch(0, x_BCHW),)
 
     def _scaled(self, images_BCHW: Tensor) -> Tensor:
         return scale_images(images_BCHW, self.info.input_scale)

@@ -1,6 +1,6 @@
 """CPS-Mars: the training loop. It knows torch and the paper, and nothing of Ray (see ray.py for that).
 
-    Y_k   = argmax_c z_k                            hard pseudo labels of branch k, no threshold, no gradient
+    Y_k   = argmax_c z_k                            hard pseudo labels of branch k, no gradient (cps.threshold: only sure ones)
     L_cps = CE(z_1, Y_2) + CE(z_2, Y_1)             each branch learns from the other
     L     = L_sup(z_1, y) + L_sup(z_2, y) + lambda(t) * L_cps
 
@@ -92,6 +92,7 @@ class Learner:
                 cps, pseudo = z1.new_zeros(()), None
             else:
                 x_u, valid_u, pseudo_u = self._unlabeled(step, unlabeled)
+                x_u, valid_u, pseudo_u = self._paste(step, x_l, y_l, x_u, valid_u, pseudo_u)
                 z1, z2 = self.net(torch.cat([x_l, x_u]))
                 pseudo, where = self._targets(z1, z2, x_l, y_l, valid_l, valid_u, pseudo_u)
                 cps = losses.cross_pseudo(z1, pseudo[1], where) + losses.cross_pseudo(z2, pseudo[0], where)
@@ -139,6 +140,24 @@ class Learner:
         pseudo_u = [torch.where(boxes, y[1::2], y[0::2]) for y in self._pseudo(x_u)]
         return torch.where(boxes[:, None], x_u[1::2], x_u[0::2]), torch.where(boxes, valid_u[1::2], valid_u[0::2]), pseudo_u
 
+    def _paste(
+        self, step: int, x_l: torch.Tensor, y_l: torch.Tensor, x_u: torch.Tensor, valid_u: torch.Tensor, pseudo_u: list[torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
+        """Puts a class's region of a labelled image, with its hand labels, into some unlabelled images; classes of high weight first."""
+        cfg, n, first = self.plan.cfg, len(x_u), (step * self.session.world + self.session.rank) * len(x_u)
+        if not cfg.cps.paste or pseudo_u is None:
+            return x_u, valid_u, pseudo_u
+        source = torch.arange(n, device=y_l.device) % len(y_l)
+        region = torch.zeros_like(valid_u)
+        for i in range(n):
+            draw = torch.Generator().manual_seed(draw_seed(cfg.seed, "paste", first + i))
+            here = [c for c in y_l[source[i]].unique().tolist() if c != IGNORE]
+            if here and torch.rand((), generator=draw) < cfg.cps.paste:
+                which = torch.multinomial(self.weights_C[here].cpu(), 1, generator=draw)
+                region[i] = y_l[source[i]] == here[int(which)]
+        pasted = [torch.where(region, y_l[source], y) for y in pseudo_u]
+        return torch.where(region[:, None], x_l[source], x_u), valid_u | region, pasted
+
     def _boxes(self, step: int, n: int, size_HW: torch.Size) -> torch.Tensor:
         """M of this rank's n pairs, bool [n, H, W]. Pairs are numbered over all ranks, so that no layout changes a mixture."""
         cps, first = self.plan.cfg.cps, step * n * self.session.world + self.session.rank * n
@@ -148,7 +167,10 @@ class Learner:
 
     @torch.no_grad()
     def _pseudo(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [z.argmax(1) for z in (self.teacher or self.model)(x)]
+        return [self._labels(z) for z in (self.teacher or self.model)(x)]
+
+    def _labels(self, z: torch.Tensor) -> torch.Tensor:
+        return losses.pseudo_labels(z.detach(), self.plan.cfg.cps.threshold, self.plan.cfg.cps.class_threshold)
 
     def _targets(
         self,
@@ -162,7 +184,7 @@ class Learner:
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Pseudo labels [n + m, H, W] of both branches over labelled and unlabelled images, and where they count."""
         cfg, n = self.plan.cfg.cps, len(x_l)
-        own = [z.detach().argmax(1) for z in (z1, z2)]
+        own = [self._labels(z) for z in (z1, z2)]
         if pseudo_u is None:
             pseudo = own
         else:

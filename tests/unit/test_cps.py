@@ -177,6 +177,58 @@ def test_each_branch_learns_the_others_labels_on_the_pixels_that_count(stubbed: 
         torch.testing.assert_close(own.grad, expected.grad, rtol=1e-3, atol=1e-5)  # a pseudo label gives its maker no gradient
 
 
+def test_labels_under_the_threshold_do_not_count(stubbed: None) -> None:
+    learner = learner_of(cps={"threshold": 0.6, "cutmix": False, "on_null": False, "weight": 1.0})
+    student, labeled, (x, valid) = copy.deepcopy(learner.model), labeled_batch(), unlabeled_batch(2)
+    every, total, count = torch.cat([labeled[0], x]), torch.zeros(()), 0
+    with torch.no_grad():
+        probabilities = [z.softmax(1) for z in student(every)]
+    where = torch.cat([labeled[2] & (labeled[1] != IGNORE), valid])
+    logp = [z.log_softmax(1) for z in student(every)]
+    for own, other in ((0, 1), (1, 0)):
+        sure, y = probabilities[other].max(1)
+        counts = where & (sure >= 0.6)
+        total = total - logp[own].gather(1, y[:, None])[:, 0][counts].sum() / counts.sum()
+        count += int(counts.sum())
+    assert 0 < count < 2 * int(where.sum())
+    torch.testing.assert_close(learner.step(0, labeled, (x, valid))["cps"], total.detach())
+
+
+def test_class_thresholds_follow_how_sure_a_class_is() -> None:
+    # Class 0 is named with 0.9 and 0.7 (mean 0.8), class 1 with 0.6 and 0.4 (mean 0.5): its threshold is 0.5/0.8 of the other's.
+    p = torch.tensor([[[0.9, 0.7, 0.3, 0.3]], [[0.05, 0.2, 0.6, 0.4]], [[0.05, 0.1, 0.1, 0.3]]])[None]
+    assert losses.pseudo_labels(p.log()).tolist() == [[[0, 0, 1, 1]]]
+    assert losses.pseudo_labels(p.log(), 0.75).tolist() == [[[0, IGNORE, IGNORE, IGNORE]]]
+    assert losses.pseudo_labels(p.log(), 0.75, by_class=True).tolist() == [[[0, IGNORE, 1, IGNORE]]]
+
+
+def test_pasted_regions_bring_their_hand_labels_and_rare_classes_first(stubbed: None) -> None:
+    learner = learner_of(cps={"paste": 1.0})
+    learner.weights_C = torch.tensor([1e-6] * (CLASSES - 1) + [1.0])
+    (x_l, y_l, _), (x_u, valid_u) = labeled_batch(), unlabeled_batch(3)
+    pseudo = [torch.full((3, SIZE, SIZE), k) for k in (0, 1)]
+    x, valid, labels = learner._paste(0, x_l, y_l.long(), x_u, valid_u, pseudo)
+    for i in range(3):
+        region = y_l[i % 2] == CLASSES - 1
+        assert region.any()
+        assert torch.equal(x[i], torch.where(region, x_l[i % 2], x_u[i])) and torch.equal(valid[i], valid_u[i] | region)
+        for k in (0, 1):
+            assert torch.equal(labels[k][i], torch.where(region, CLASSES - 1, k))
+
+
+def test_pasting_is_a_draw_of_each_image_the_same_on_any_number_of_ranks(stubbed: None) -> None:
+    (x_l, y_l, _), (x_u, valid_u) = labeled_batch(n=4), unlabeled_batch(4)
+    pseudo = [torch.zeros(4, SIZE, SIZE, dtype=torch.long)] * 2
+    whole = learner_of(cps={"paste": 0.5})._paste(7, x_l, y_l.long(), x_u, valid_u, pseudo)[0]
+    changed_ = [not torch.equal(a, b) for a, b in zip(whole, x_u, strict=True)]
+    assert any(changed_) and not all(changed_)
+    for rank in (0, 1):
+        part = slice(2 * rank, 2 * rank + 2)
+        learner = learner_of(Alone(rank, 2), cps={"paste": 0.5})
+        mine = learner._paste(7, x_l[part], y_l[part].long(), x_u[part], valid_u[part], [p[part] for p in pseudo])[0]
+        assert torch.equal(mine, whole[part])
+
+
 def test_without_unlabelled_images_only_labels_teach(stubbed: None) -> None:
     learner, labeled = learner_of(), labeled_batch()
     expected = supervised_by_hand(copy.deepcopy(learner.model), labeled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,17 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def test_a_flipped_prediction_is_the_mean_with_the_mirror_images(model: TwoBranch) -> None:
+    plain, flips = info(), info()
+    flips = replace(flips, model=flips.model.model_copy(update={"flip": True}))
+    image = pictures(1, 64, 48)[0]
+    p = Predictor(model, plain).predict([image]).probabilities
+    mirrored = Predictor(model, plain).predict([np.ascontiguousarray(image[:, ::-1])]).probabilities[..., ::-1]
+    both = Predictor(model, flips).predict([image])
+    np.testing.assert_allclose(both.probabilities, (p + mirrored) / 2, atol=1e-5)
+    assert not np.allclose(p, mirrored, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 1.7])
