@@ -2,8 +2,8 @@
 
     python benchmarks/audit.py --data PATH/mars --run runs/marsscapes
 
-The last model of a run (benchmarks/marsscapes_loop.py leaves one) masks the whole pool but the images it learnt from; then audits of several
-sizes are drawn again and again, as `raysal audit` draws one, and their 95% intervals are compared with the pool's mIoU.
+The last model of a run (benchmarks/marsscapes_loop.py leaves one) masks the whole pool but the images it learnt from; then audits of
+several sizes are drawn again and again, as `raysal audit` draws one, and their 95% intervals are compared with the pool's mIoU.
 """
 
 from __future__ import annotations

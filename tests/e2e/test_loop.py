@@ -197,6 +197,36 @@ def test_a_typical_start_a_spread_batch_and_a_longer_last_training_run_to_the_en
     assert len({i for ids in bought(tmp_path / "run") for i in ids}) == 5
 
 
+def test_a_finished_run_is_audited_with_labels_it_never_learnt_from(undisturbed: Path, tmp_path: Path, raysal: Callable[..., Said]) -> None:
+    folder = Path(shutil.copytree(undisturbed / "run", tmp_path / "run"))
+    config = str(write_config(tmp_path / "config.yaml", tiny_tree(folder)))
+
+    def audited(images: int) -> dict:
+        done = raysal("loop", "--config", config, "--set", f"loop.audit={images}", "--json")
+        assert done.code == 0, done.err[-3000:]
+        found = json.loads((folder / "audit.json").read_text())
+        assert json.loads(done.out)["audit"] == found["miou"]
+        return found
+
+    first = audited(4)
+    learnt = {i for ids in bought(folder) for i in ids}
+    assert len(first["images"]) == 4 and not learnt & set(first["images"]) and first["population"] == 24 - 5
+    assert set(first["iou"]) == set(json.loads((folder / "rounds/001/metrics.json").read_text())["iou"])
+    marked = (folder / "rounds/001/stages/audit.json").stat().st_mtime_ns
+    assert audited(4) == first and (folder / "rounds/001/stages/audit.json").stat().st_mtime_ns == marked
+    assert set(audited(19)["images"]) > set(first["images"])  # more of the same draw: earlier labels are not wasted
+    assert "How good are the masks that nobody drew?" in (folder / "report" / "index.html").read_text()
+
+    model = str(folder / "rounds/001/checkpoint")
+    out = tmp_path / "audit.json"
+    options = ("--learnt", str(folder), "--images", "4", "--out", str(out))
+    done = raysal("audit", str(folder / "labels"), model, str(folder / "data"), *options)
+    assert done.code == 0, done.err
+    assert json.loads(out.read_text()) == first and "mIoU" in done.out and "random images" in done.out
+    other = raysal("audit", str(folder / "labels"), str(folder / "rounds/000/checkpoint"), str(folder / "data"), *options)
+    assert other.code == 2 and "masks of another model" in other.err
+
+
 def test_a_target_that_is_met_ends_the_loop_early(tmp_path: Path, raysal: Callable[..., Said]) -> None:
     tree = tiny_tree(tmp_path / "run", loop={"target_miou": 0.0, "rounds": 3}, train={"steps": 1})
     done = raysal("loop", "--config", str(write_config(tmp_path / "config.yaml", tree)), "--json")
