@@ -30,6 +30,7 @@ Strategy = Literal[
 ]  # fmt: skip
 Batch = Literal["topk", "kcenter", "product", "power"]
 LossName = Literal["wce", "dice", "focal", "ohem", "lovasz"]
+Method = Literal["cps_mars"]
 WeightScheme = Literal["none", "sqrt_inverse", "inverse", "median_frequency", "enet", "effective_number"]
 
 
@@ -230,6 +231,7 @@ class Config(Section):
 
     name: str = "raysal"  # heads the run's tables and its report
     seed: Count = 0  # of weights, draws, first labels and random queries
+    method: Method = "cps_mars"  # the training method, see METHODS in raysal/train/loop.py
     run: str = "runs/raysal"  # folder or fsspec URI of everything the run leaves
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -254,7 +256,7 @@ class Config(Section):
 
     def training_digest(self) -> str:
         """sha256 hex over what decides one training, given its labels: two runs that share it may share its checkpoints."""
-        parts = {"seed", "data", "augment", "model", "loss", "cps", "optim", "train"}
+        parts = {"seed", "method", "data", "augment", "model", "loss", "cps", "optim", "train"}
         return digest_of(self.model_dump(mode="json", include=parts))
 
     def to_yaml(self) -> str:

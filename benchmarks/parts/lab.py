@@ -40,7 +40,7 @@ from raysal.train.plan import Plan
 
 from .plain import PlainSession
 
-DECIDES = {"seed", "data", "augment", "model", "loss", "cps", "optim", "train"}
+DECIDES = {"seed", "method", "data", "augment", "model", "loss", "cps", "optim", "train"}
 """Sections of the configuration that decide a training."""
 
 SCORES = ("entropy", "uncertainty", "margin")

@@ -14,7 +14,7 @@ import copy
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raysal.config import Config, digest_of
+from raysal.config import Config, Method, digest_of
 from raysal.datasets.augment import cutmix_boxes, draw_seed
 from raysal.errors import CheckpointError
 from raysal.labels import IGNORE
@@ -214,13 +214,17 @@ class Learner:
         self.model.load_state_dict(loaded.model.state_dict())
 
 
+METHODS: dict[Method, Callable[[Plan, Session], Learner]] = {"cps_mars": Learner}
+"""How a method's networks learn, by its name in the configuration. Another method is another class with `Learner`'s methods."""
+
+
 def train(plan: Plan, session: Session) -> None:
     """Runs the schedule from the newest checkpoint, or from the start, to its end."""
     cfg = plan.cfg
     if session.rank == 0:
         for left in Path(tempfile.gettempdir()).glob(f"{_scratch(plan)}*"):  # of a process that was killed while it saved
             shutil.rmtree(left, ignore_errors=True)
-    learner = Learner(plan, session)
+    learner = METHODS[cfg.method](plan, session)
     progress = _resume(learner, session) or Progress(schedule=plan.schedule())
     learner.bind()
     session.log({"start": progress.step, "world": session.world, "class_weights": _round(learner.weights_C.tolist())}, progress.step)

