@@ -1,0 +1,159 @@
+"""The label-efficiency benchmark's own logic: rows share trainings, results keep by digest, tables say what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from raysal.config import build
+from tests.helpers import tiny_tree
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="benchmarks/ is part of a checkout only")
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("label_efficiency")
+    for name in ("label_efficiency", "common", "parts", "parts.lab", "parts.plain", "parts.table"):
+        sys.modules.pop(name, None)
+
+
+class Ledger:
+    """A lab that trains nothing: an image's worth is its number, a training's mIoU the mean of its labels'."""
+
+    def __init__(self) -> None:
+        self.trainings: list[Any] = []
+        self.lock = threading.Lock()
+
+    def started_with(self, cfg: Any, split: Any, budget: int) -> tuple[str, ...]:
+        first = 100 * cfg.seed + (50 if cfg.loop.cold_start == "typical" else 0)
+        return tuple(str(first + i) for i in range(budget))
+
+    def trained(self, training: Any) -> dict:
+        with self.lock:
+            self.trainings.append(training)
+        value = sum(map(int, training.labels)) / len(training.labels) / 2000
+        counts = {"rock": len(training.labels), "sky": 0}
+        record = {"miou": value, "iou": {"rock": value, "sky": None}, "class_images": counts, "panoramas": 3, "sites": 2}
+        return record | {"labels": "all" if len(training.labels) > 100 else list(training.labels)}
+
+    def asked(self, training: Any, cfg: Any, budget: int) -> tuple[str, ...]:
+        rest = [n for n in map(str, range(999, 0, -1)) if n not in training.labels]
+        return tuple(rest[:budget] if cfg.query.strategy == "ueq" else rest[-budget:])
+
+
+@pytest.fixture
+def comparison(program: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    cfg = build(tiny_tree(tmp_path))
+    items = [type("Item", (), {"name": str(i)})() for i in range(1017)]
+    monkeypatch.setattr(program.Split, "open", lambda self, cfg: (None, items, []))
+    return program.Comparison(Ledger(), cfg, program.Split())
+
+
+def test_the_budget_is_the_papers_share_of_the_pool(comparison: Any) -> None:
+    assert (comparison.initial, comparison.final) == (16, 32)
+
+
+@pytest.mark.parametrize(("rounds", "sizes"), [(1, [16, 32]), (2, [16, 24, 32]), (4, [16, 20, 24, 28, 32]), (3, [16, 21, 26, 32])])
+def test_rounds_divide_one_final_budget_and_never_buy_twice(program: ModuleType, comparison: Any, rounds: int, sizes: list[int]) -> None:
+    steps = comparison.bought(program.Row("row", rounds=rounds, strategy="ueq"), seed=1)
+    assert [len(labels) for _, labels in steps] == sizes
+    for (_, before), (_, after) in itertools.pairwise(steps):
+        assert after[: len(before)] == before and len(set(after)) == len(after)
+
+
+def test_rows_of_one_seed_share_their_first_training(program: ModuleType, comparison: Any) -> None:
+    rows = {row.name: row for row in program.ROWS}
+    firsts = {comparison.run(rows[n], 0, rows)[0].record["miou"] for n in ("Random", "BALD", "UEQ, 1 round", "UEQ, 4 rounds", "k-center")}
+    assert len(firsts) == 1
+    digests = {t.digest() for t in comparison.lab.trainings if len(t.labels) == 16}
+    assert len(digests) == 1, "a query's settings must not change a training"
+    cold = comparison.run(rows["Random, typical start"], 0, rows)[0]
+    assert cold.record["miou"] not in firsts
+
+
+def test_baselines_train_on_the_labels_they_name(program: ModuleType, comparison: Any) -> None:
+    rows = {row.name: row for row in program.ROWS}
+    bought = comparison.bought(rows["UEQ, 4 rounds"], 0)[-1][1]
+    alone = comparison.run(rows["Labelled only, labels of UEQ, 4 rounds"], 0, rows)
+    assert tuple(alone[0].record["labels"]) == bought
+    assert comparison.lab.trainings[-1].cfg.cps.weight == 0
+    full = comparison.run(rows["Full supervision, 6x steps"], 0, rows)
+    assert full[0].labels == 1017 and comparison.lab.trainings[-1].cfg.train.steps == 6 * 12
+
+
+def test_a_digest_knows_what_decides_and_no_path(program: ModuleType, comparison: Any, tmp_path: Path) -> None:
+    lab = program.parts_lab
+    base = lab.Training(comparison.cfg, ("1", "2"), program.Split())
+    moved = lab.with_(comparison.cfg, data={"root": "/elsewhere"}, query={"strategy": "entropy"}, loop={"rounds": 9})
+    assert lab.Training(moved.model_copy(update={"run": "other"}), ("1", "2"), program.Split()).digest() == base.digest()
+    others = [
+        lab.Training(comparison.cfg, ("2", "1"), program.Split()),  # the order of labels decides the draws
+        lab.Training(comparison.cfg.model_copy(update={"seed": 5}), ("1", "2"), program.Split()),
+        lab.Training(lab.with_(comparison.cfg, cps={"ema": True}), ("1", "2"), program.Split()),
+        lab.Training(comparison.cfg, ("1", "2"), program.Split(fold=(0, 3))),
+        lab.Training(comparison.cfg, ("1", "2"), program.Split(), start="abc"),
+    ]
+    assert len({t.digest() for t in others} | {base.digest()}) == len(others) + 1
+
+
+def test_what_is_known_is_not_done_again_and_what_was_used_is_kept(program: ModuleType, tmp_path: Path) -> None:
+    Lab = program.parts_lab.Lab
+    known = tmp_path / "kept.jsonl"
+    known.write_text(json.dumps({"key": "query-known", "value": ["a"]}) + "\n")
+    lab, calls = Lab(str(tmp_path / "cache"), [known], say=lambda _: None), []
+
+    def never() -> Any:
+        raise AssertionError("done again")
+
+    assert lab._once("query-known", never) == ["a"]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "query-cached.json").write_text('["b"]')
+    assert lab._once("query-cached", never) == ["b"] and not calls
+    with pytest.raises(AssertionError):
+        lab._once("query-new", never)
+    lab.export(tmp_path / "out.jsonl")
+    again = Lab(str(tmp_path / "other"), [tmp_path / "out.jsonl"])
+    assert again._once("query-known", never) == ["a"] and again._once("query-cached", never) == ["b"]
+
+
+def test_tables_say_what_was_measured(program: ModuleType, comparison: Any) -> None:
+    table, rows = program.table, {row.name: row for row in program.ROWS}
+    found = {name: [comparison.run(rows[name], seed, rows) for seed in range(3)] for name in rows}
+    paper = {row.name: row.paper for row in program.ROWS}
+    values = [points[-1].record["miou"] for points in found["UEQ, 4 rounds"]]
+    assert table.final(found, "UEQ, 4 rounds").mean == pytest.approx(sum(values) / 3)
+    text = table.main_table(found, paper)
+    assert f"| UEQ, 4 rounds | 32 | {table.final(found, 'UEQ, 4 rounds')} |" in text and "76.73 (95.7%)" in text
+    assert len(text.splitlines()) == 2 + len(rows)
+    assert "| 32.0 | 0.0 | 1.0 | 3.0 | 2.0 |" in table.bought_table(found)
+    assert table.class_table(found).splitlines()[2].endswith("| - |")  # a class that nobody met has no number
+    assert table.area(found["UEQ, 2 rounds"][0]) == pytest.approx(
+        sum(
+            (a.record["miou"] + b.record["miou"]) / 4
+            for a, b in zip(found["UEQ, 2 rounds"][0], found["UEQ, 2 rounds"][0][1:], strict=False)
+        )
+    )
+    gain = table.gain(found, "UEQ, 1 round", "Random")
+    assert gain.mean > 0 and gain.half >= 0
+    assert table.order({n: found[n] for n in list(found)[:7]}, paper) == pytest.approx(table.order(found, paper))
+
+
+def test_pictures_are_drawn(program: ModuleType, comparison: Any, tmp_path: Path) -> None:
+    rows = {row.name: row for row in program.ROWS}
+    found = {
+        name: [comparison.run(rows[name], seed, rows) for seed in range(2)] for name in ("Random", "UEQ, 2 rounds", "Full supervision")
+    }
+    program.table.curves(found, tmp_path / "curves.png", "title")
+    program.table.heat(found, tmp_path / "heat.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("curves.png", "heat.png"))
