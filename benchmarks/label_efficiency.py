@@ -44,6 +44,7 @@ class Row:
         labels_of: Row whose final labels are used instead of buying; or "all".
         steps_multiple: Length of its trainings, in the protocol's.
         settings: More ``section: {knob: value}``.
+        predict: Knobs of ``model`` that change only how the trained model predicts.
         paper: The published mIoU on S5Mars, where there is one.
     """
 
@@ -55,6 +56,7 @@ class Row:
     labels_of: str | None = None
     steps_multiple: int = 1
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    predict: dict[str, Any] = field(default_factory=dict)
     paper: float | None = None
 
 
@@ -120,8 +122,8 @@ class Comparison:
         cfg = self.config(row, seed)
         if row.labels_of is not None:
             labels = self.names if row.labels_of == "all" else self.bought(rows[row.labels_of], seed)[-1][1]
-            return [self._point(Training(cfg, labels, self.split))]
-        return [self._point(Training(cfg, labels, self.split, start)) for start, labels in self.bought(row, seed)]
+            return [self._point(row, Training(cfg, labels, self.split))]
+        return [self._point(row, Training(cfg, labels, self.split, start)) for start, labels in self.bought(row, seed)]
 
     def bought(self, row: Row, seed: int) -> list[tuple[str | None, tuple[str, ...]]]:
         """Labels of each training of a row, and the training that it starts from where it starts warm."""
@@ -136,8 +138,8 @@ class Comparison:
             steps.append((training.digest() if cfg.loop.warm_start else None, labels))
         return steps
 
-    def _point(self, training: Training) -> Point:
-        return Point(len(training.labels), self.lab.trained(training))
+    def _point(self, row: Row, training: Training) -> Point:
+        return Point(len(training.labels), self.lab.predicted(training, row.predict))
 
 
 def compare(comparison: Comparison, rows: list[Row], seeds: int, all_rows: dict[str, Row]) -> dict[str, list[list[Point]]]:
@@ -148,7 +150,7 @@ def compare(comparison: Comparison, rows: list[Row], seeds: int, all_rows: dict[
         return {row.name: [running[row.name, seed].result() for seed in range(seeds)] for row in rows}
 
 
-def report(found: Found, paper: dict[str, float | None], comparison: Comparison, lab: Lab, args: argparse.Namespace) -> None:
+def report(found: Found, paper: dict[str, float | None], comparison: Comparison, args: argparse.Namespace) -> None:
     """Prints the tables; of the whole comparison on val it writes the results, and keeps every training's."""
     n = len(comparison.names)
     where = f"fold {args.fold} of the pool's sites" if args.fold else "val"
@@ -166,7 +168,6 @@ def report(found: Found, paper: dict[str, float | None], comparison: Comparison,
         return
     folder = args.out / "label_efficiency"
     folder.mkdir(parents=True, exist_ok=True)
-    lab.export(folder / "kept.jsonl")
     table.curves(found, folder / "curves.png", f"{comparison.final} of {n:,} labels, mean of seeds")
     table.heat(found, folder / "classes.png")
     best, gap = table.relative(found, table.BEST, table.FULL), table.gain(found, table.BEST, table.RANDOM)
@@ -195,10 +196,16 @@ def report(found: Found, paper: dict[str, float | None], comparison: Comparison,
     write("label_efficiency", "Label efficiency on real images: the paper's comparison", claims, args.out, f"{text}\n\n{pictures}", places)
 
 
-def variant_rows(file: Path, wanted: list[str] | None) -> list[Row]:
+def variant_rows(file: Path) -> list[Row]:
     """Rows of a YAML file: name -> fields of `Row`."""
-    found = [Row(name, **fields) for name, fields in (yaml.safe_load(file.read_text()) or {}).items()]
-    return [row for row in found if wanted is None or row.name in wanted]
+    return [Row(name, **fields) for name, fields in yaml.safe_load(file.read_text()).items()]
+
+
+def chosen(rows: dict[str, Row], names: list[str]) -> list[Row]:
+    """Rows by name. Exits with the names that there are where one is not known."""
+    if unknown := [name for name in names if name not in rows]:
+        raise SystemExit(f"no row is called {unknown[0]!r}; there are: {', '.join(rows)}")
+    return [rows[name] for name in names]
 
 
 def parse() -> argparse.Namespace:
@@ -225,18 +232,21 @@ def main() -> None:
     weights = [f"model.encoder_weights={args.weights}"] if args.weights else []
     cfg = load(args.config, [f"data.root={args.data}", *weights, *quick, *args.overrides])
     cfg = with_(cfg, compute={"address": args.address, "local_cpus": cfg.compute.local_cpus or parts_lab.cores()})
-    rows = [*ROWS, *variant_rows(VARIANTS, None)]
-    wanted = [r for r in (rows if args.variants is None else rows[len(ROWS) :]) if r.name in (args.rows or args.variants or [r.name])]
-    if args.variants is None and not args.rows:
-        wanted = list(ROWS)
+    variants = variant_rows(VARIANTS)
+    rows = {row.name: row for row in (*ROWS, *variants)}
+    wanted = chosen(rows, args.rows) if args.rows else [*ROWS] if args.variants is None else chosen(rows, args.variants) or variants
     folder = args.out / "label_efficiency"
     for module in (plain, parts_lab):
         ray.cloudpickle.register_pickle_by_value(module)  # other nodes need raysal alone, not this folder
     with connected(cfg.compute):
         lab = Lab(args.cache, [folder / "kept.jsonl"])
         comparison = Comparison(lab, cfg, split)
-        found = compare(comparison, wanted, 1 if args.quick else args.seeds, {r.name: r for r in rows})
-    report(found, {r.name: r.paper for r in rows}, comparison, lab, args)
+        try:
+            found = compare(comparison, wanted, 1 if args.quick else args.seeds, rows)
+        finally:
+            if not args.quick:
+                lab.export(folder / "kept.jsonl")
+    report(found, {name: row.paper for name, row in rows.items()}, comparison, args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ import ray
 from torch import set_num_threads
 
 from raysal.archive.tables import manifest_of, read_table, scores_schema
-from raysal.archive.uris import exists, join, read_bytes, write_bytes
+from raysal.archive.uris import exists, join, list_names, read_bytes, write_bytes
 from raysal.config import Config, digest_of
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build
 from raysal.model import checkpoint
 from raysal.model.network import TwoBranch
-from raysal.query.scores import needed_columns
+from raysal.model.runtime import Predictor
+from raysal.query.scores import needed_columns, rarity_bonus
 from raysal.rounds.choose import choose, random_start, typical_start
 from raysal.rounds.single import count_classes
 from raysal.stream.score import ScoreImages
 from raysal.stream.worker import Task
+from raysal.train.evaluate import evaluate
 from raysal.train.loop import model_info, train
 from raysal.train.plan import Plan
 
@@ -132,7 +134,6 @@ class Lab:
             for line in file.read_text().splitlines() if file.exists() else ():
                 entry = json.loads(line)
                 self._known[entry["key"]] = entry["value"]
-        self.used: dict[str, dict] = {}
         self.done, self.started = 0, time.perf_counter()
 
     def trained(self, training: Training) -> dict:
@@ -141,6 +142,25 @@ class Lab:
         key = f"training-{digest}"
         result: dict = self._once(key, lambda: run_training.remote(training, self.cache, digest, commit()))
         return result
+
+    def predicted(self, training: Training, model: dict[str, Any]) -> dict:
+        """Metrics of a training whose model predicts with other settings (``flip``, ``predict``)."""
+        if not model:
+            return self.trained(training)
+        digest = training.digest()
+
+        def run() -> Any:
+            self._have_model(training, digest)
+            return run_evaluation.remote(training, with_(training.cfg, model=model), self.cache, digest)
+
+        result: dict = self._once("evaluation-" + digest_of([digest, model])[:32], run)
+        return self.trained(training) | result
+
+    def _have_model(self, training: Training, digest: str) -> None:
+        """Trains again where a result is known but its model is not in the cache."""
+        self.trained(training)
+        if not exists(join(self.cache, "models", digest, checkpoint.INFO)):
+            ray.get(run_training.remote(training, self.cache, digest, commit()))
 
     def started_with(self, cfg: Config, split: Split, budget: int) -> tuple[str, ...]:
         """Names of the first labels, as cfg.loop.cold_start says."""
@@ -162,17 +182,21 @@ class Lab:
         key = "query-" + digest_of([digest, query])[:32]
 
         def run() -> Any:
-            if cfg.query.strategy != "random" and not exists(join(self.cache, "models", digest, checkpoint.INFO)):
-                again = run_training.remote(training, self.cache, digest, commit())  # its result is known, its model is not here
-                ray.get(again)
+            if (cfg.query.strategy, cfg.query.batch) != ("random", "topk"):
+                self._have_model(training, digest)
             return run_query.remote(training, cfg, budget, self.cache, digest)
 
         return tuple(self._once(key, run))
 
     def export(self, file: Path) -> None:
-        """Writes everything that was asked for as JSON Lines, in order of key."""
-        lines = [json.dumps({"key": key, "value": self.used[key]}) for key in sorted(self.used)]
-        file.write_text("\n".join(lines) + "\n")
+        """Writes every result that is known or in the cache as JSON Lines, in order of key."""
+        found = self._known | {
+            name.removesuffix(".json"): json.loads(read_bytes(join(self.cache, name)))
+            for name in list_names(self.cache)
+            if name.startswith(("training-", "evaluation-", "start-", "query-"))
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps({"key": key, "value": found[key]}) + "\n" for key in sorted(found)))
 
     def _once(self, key: str, submit: Callable[[], Any]) -> Any:
         uri = join(self.cache, f"{key}.json")
@@ -189,7 +213,6 @@ class Lab:
                     job.value = ray.get(submit())
                     write_bytes(uri, json.dumps(job.value).encode())
                     self._tell(key, job.value)
-                self.used[key] = job.value
             except BaseException as error:
                 job.error = error
                 raise
@@ -257,6 +280,16 @@ def run_training(training: Training, cache: str, digest: str, code: str) -> dict
 
 
 @ray.remote(num_cpus=1, max_retries=5)
+def run_evaluation(training: Training, cfg: Config, cache: str, digest: str) -> dict:
+    """Measures a trained model that predicts as another configuration says."""
+    set_num_threads(1)
+    dataset, _, held = training.split.open(cfg)
+    loaded = checkpoint.load(join(cache, "models", digest))
+    predictor = Predictor(loaded.model, replace(loaded.info, model=cfg.model, predict=cfg.model.predict))
+    return evaluate(predictor, dataset, held, cfg.train.eval_batch).to_dict(dataset.label_set.classes)
+
+
+@ray.remote(num_cpus=1, max_retries=5)
 def run_start(cfg: Config, split: Split, budget: int, cache: str, key: str) -> list[str]:
     """Chooses the first labels."""
     set_num_threads(1)
@@ -278,26 +311,30 @@ def run_start(cfg: Config, split: Split, budget: int, cache: str, key: str) -> l
 def run_query(training: Training, cfg: Config, budget: int, cache: str, digest: str) -> list[str]:
     """Scores the pool with a trained model, and chooses."""
     set_num_threads(1)
-    _, pool, _ = training.split.open(cfg)
+    dataset, pool, _ = training.split.open(cfg)
     by_id, bought = {item.id: item for item in pool}, set(training.labels)
     if cfg.query.strategy == "random" and cfg.query.batch == "topk":
         listed = manifest_of(pool).select(["id", "uri"])
         table = listed.append_column("status", pa.array(["ok"] * len(pool)))
     else:
         needed = needed_columns(cfg.query.strategy)
-        table = _scored(cfg, pool, join(cache, "models", digest), tuple(dict.fromkeys((*SCORES, *needed))))
+        bonus = None
+        if cfg.score.class_bonus:
+            counts = count_classes(dataset, [item for item in pool if item.name in bought])
+            bonus = tuple(rarity_bonus((counts > 0).sum(0)).tolist())
+        table = _scored(cfg, pool, join(cache, "models", digest), tuple(dict.fromkeys((*SCORES, *needed))), bonus)
     have = {item.id for item in pool if item.name in bought}
     rows = choose(table, have, cfg, budget, {item.id: item.group for item in pool})
     return [by_id[row["id"]].name for row in rows]
 
 
-def _scored(cfg: Config, pool: Sequence[Item], model: str, columns: tuple[str, ...]) -> pa.Table:
+def _scored(cfg: Config, pool: Sequence[Item], model: str, columns: tuple[str, ...], bonus: tuple[float, ...] | None = None) -> pa.Table:
     """The scores table of a pool by a model, from the actor that scores archives; kept beside the model."""
     score = cfg.score.model_copy(update={"scores": columns})
     cfg = cfg.model_copy(update={"score": score})
     out = join(model, "scores-" + digest_of([score.model_dump(mode="json"), cfg.seed])[:16])
     if not exists(join(out, "done")):
-        task = Task(cfg, model, checkpoint.digest_at(model), out, scores_schema(columns, score.embedding_dim), "cpu", 1)
+        task = Task(cfg, model, checkpoint.digest_at(model), out, scores_schema(columns, score.embedding_dim), "cpu", 1, bonus)
         receipt = ScoreImages(task)(manifest_of(pool)).to_pylist()[0]
         if receipt.get("error"):
             raise RuntimeError(f"scoring with {model} failed: {receipt}")

@@ -47,6 +47,9 @@ class Ledger:
         record = {"miou": value, "iou": {"rock": value, "sky": None}, "class_images": counts, "panoramas": 3, "sites": 2}
         return record | {"labels": "all" if len(training.labels) > 100 else list(training.labels)}
 
+    def predicted(self, training: Any, model: dict) -> dict:
+        return self.trained(training)
+
     def asked(self, training: Any, cfg: Any, budget: int) -> tuple[str, ...]:
         rest = [n for n in map(str, range(999, 0, -1)) if n not in training.labels]
         return tuple(rest[:budget] if cfg.query.strategy == "ueq" else rest[-budget:])
@@ -122,6 +125,7 @@ def test_what_is_known_is_not_done_again_and_what_was_used_is_kept(program: Modu
     assert lab._once("query-cached", never) == ["b"] and not calls
     with pytest.raises(AssertionError):
         lab._once("query-new", never)
+    (tmp_path / "cache" / "models").mkdir()
     lab.export(tmp_path / "out.jsonl")
     again = Lab(str(tmp_path / "other"), [tmp_path / "out.jsonl"])
     assert again._once("query-known", never) == ["a"] and again._once("query-cached", never) == ["b"]
@@ -147,6 +151,17 @@ def test_tables_say_what_was_measured(program: ModuleType, comparison: Any) -> N
     gain = table.gain(found, "UEQ, 1 round", "Random")
     assert gain.mean > 0 and gain.half >= 0
     assert table.order({n: found[n] for n in list(found)[:7]}, paper) == pytest.approx(table.order(found, paper))
+
+
+def test_every_variant_is_a_row_that_changes_what_it_says(program: ModuleType, comparison: Any) -> None:
+    variants = program.variant_rows(program.VARIANTS)
+    assert len(variants) >= 20 and not {v.name for v in variants} & {r.name for r in program.ROWS}
+    plain = program.Row("plain", strategy="ueq")
+    for row in variants:
+        cfg = comparison.config(row, 0)
+        for section, knobs in row.settings.items():
+            for knob in knobs:
+                assert getattr(getattr(cfg, section), knob) != getattr(getattr(comparison.config(plain, 0), section), knob), row.name
 
 
 def test_pictures_are_drawn(program: ModuleType, comparison: Any, tmp_path: Path) -> None:
