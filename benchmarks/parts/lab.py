@@ -354,8 +354,8 @@ def commit() -> str:
 
 def with_(cfg: Config, **sections: dict[str, Any]) -> Config:
     """A configuration with some knobs of some sections changed, checked."""
-    changed = {name: getattr(cfg, name).model_copy(update=update) for name, update in sections.items()}
-    return Config.model_validate(cfg.model_copy(update=changed).model_dump())
+    tree = cfg.model_dump()
+    return Config.model_validate(tree | {name: tree[name] | update for name, update in sections.items()})
 
 
 def cores() -> int:
