@@ -22,6 +22,7 @@ from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
 from raysal.query.scores import class_fractions, score_images
 from raysal.query.select import select, strategy_scores
+from raysal.rounds.audit import audit
 from raysal.rounds.oracle import buy
 from raysal.train.evaluate import evaluate
 
@@ -138,7 +139,7 @@ class Fabricator:
         self.stage(n, "score", 8.1, counts={"ok": len(rows) - 1, "decode": 1}, images_per_second=31.4)
 
     def label(self, n: int, predictor: Predictor) -> None:
-        rows = []
+        digest, rows = checkpoint.digest_at(str(self.folder(n) / "checkpoint")), []
         for item in self.pool:
             prediction = predictor.predict([self.dataset.image(item)])
             mask = prediction.masks[0].copy()
@@ -146,11 +147,17 @@ class Fabricator:
             height, width = mask.shape
             sure, open_ = float(prediction.confidence.mean()), float((mask == IGNORE).mean())
             row = {"id": item.id, "uri": item.image, "status": "ok", "width": width, "height": height, "mask_png": encode_mask(mask)}
-            rows.append(row | {"confidence": sure, "abstained": open_})
+            shares = np.bincount(prediction.masks[0][4:].ravel(), minlength=len(CLASSES)) / mask[4:].size
+            rows.append(row | {"confidence": sure, "abstained": open_, "class_fractions": shares, "model_digest": digest})
         half = len(rows) // 2
         for i, part in enumerate((rows[:half], rows[half:])):
             write_table(str(self.run / "labels" / f"part-{i}.parquet"), pa.Table.from_pylist(part, schema=labels_schema()))
         self.stage(n, "label", 5.5, counts={"ok": len(rows)}, images_per_second=25.0)
+
+    def audit(self, n: int) -> None:
+        learnt = {i for table in self.bought for i in table["id"].to_pylist()}
+        found = audit(str(self.folder(n) / "checkpoint"), str(self.run / "labels"), self.dataset, self.pool, learnt, 6, seed=0)
+        put(self.run / "audit.json", found)
 
 
 def made_up_log(n: int) -> list[dict]:
@@ -182,4 +189,5 @@ def fabricate(run: Path) -> Path:
         if n == 0:
             made.score(n, predictor)
     made.label(1, predictor)
+    made.audit(1)
     return run

@@ -30,7 +30,18 @@ from raysal.report.words import duration, percent
 from raysal.train.evaluate import evaluate
 from tests.run_folder import CLASSES, Fabricator, dataset_of, put, tiny_config
 
-CHARTS = ("learning_curve", "class_iou", "class_balance", "confusion", "reliability", "losses", "agreement", "seconds", "throughput")
+CHARTS = (
+    "learning_curve",
+    "class_iou",
+    "class_balance",
+    "confusion",
+    "reliability",
+    "audit",
+    "losses",
+    "agreement",
+    "seconds",
+    "throughput",
+)
 SHEETS = ("val_best", "val_worst", "asked_round_000", "asked_round_001", "pool_masks")
 MB = 2**20
 
@@ -100,6 +111,23 @@ def test_the_first_screen_tells_quality_labels_and_share_of_full_supervision(who
     assert "7 of 16" in text
     assert f"{percent(metrics['miou'] / 0.8)} of full supervision (80.0\N{NO-BREAK SPACE}%)" in text
     assert duration(2 * 0.4 + 2 * 0.2 + 61.5 + 62.5 + 8.1 + 5.5) in text
+
+
+def test_the_page_says_what_an_audit_and_thresholds_came_to(whole: Path) -> None:
+    found = json.loads((whole / "audit.json").read_text())
+    text = " ".join(Page(text_of(whole)).text.split())
+    assert f"Experts labelled {len(found['images'])} random images of {found['population']}" in text
+    for entry in found["abstention"]:
+        assert percent(entry["kept_of_all"]) in text and percent(entry["precision"]) in text
+    assert "audit: right" in text
+
+
+@pytest.mark.parametrize(
+    "audit", [[], "text", {"miou": 3}, {"iou": [1], "images": 5}, {"abstention": [1, {"precision": None}], "miou": {}}]
+)
+def test_an_audit_of_any_shape_makes_a_page(partial: Path, audit: object) -> None:
+    put(partial / "audit.json", audit)
+    assert "raysal report" in Path(build(str(partial))).read_text()
 
 
 def test_rows_that_are_not_ok_are_listed_with_their_reason(whole: Path) -> None:
@@ -184,6 +212,7 @@ EVERY_FILE = (
     "config.yaml", "run.json", "manifest.parquet", "data/splits.json", "rounds/001/chosen.parquet", "rounds/001/labels.parquet",
     "rounds/001/metrics.json", "rounds/001/train/metrics.jsonl", "rounds/001/checkpoint/model.json",
     "rounds/001/checkpoint/model.safetensors", "rounds/000/scores/part-0.parquet", "rounds/001/stages/train.json", "labels/part-0.parquet",
+    "audit.json",
 )  # fmt: skip
 
 
@@ -214,6 +243,8 @@ def test_no_missing_or_damaged_file_costs_the_page(
         {"miou": 0.4, "labels": None, "iou": [1, 2], "confusion": [[1, 2], [3]], "calibration": 7, "seconds": {"train": "long"}},
         {"miou": 0.4, "labels": 3, "iou": {"sky": None}, "confusion": {}, "calibration": {"pixels": [1], "accuracy": None}},
         {"miou": float("nan"), "labels": 3},
+        {"miou": 0.4, "labels": 3, "abstention": 7},
+        {"miou": 0.4, "labels": 3, "abstention": [3, {"precision": "x", "threshold": {"sky": None}}]},
     ],
 )
 def test_metrics_of_any_shape_make_a_page(partial: Path, metrics: object) -> None:
