@@ -18,6 +18,7 @@ from rich.progress import track
 from raysal.archive.tables import read_table
 from raysal.config import load
 from raysal.datasets.build import build
+from raysal.labels import IGNORE
 from raysal.model.audit import class_iou, estimate
 from raysal.model.metrics import confusion
 from raysal.model.runtime import Predictor
@@ -39,28 +40,30 @@ def main() -> None:
     dataset, predictor = build(cfg.data, cfg.run), Predictor.load(str(rounds[-1] / "checkpoint"))
     n = dataset.label_set.n_classes
     pool = [item for item in dataset.split("train") if item.name not in learnt][: 60 if args.quick else None]
-    confusions = np.zeros((len(pool), n, n))
-    predicted_C = np.zeros(n)
+    confusions, blanks = np.zeros((len(pool), n, n)), np.zeros((len(pool), n))
     for i, item in enumerate(track(pool, "masks", disable=None)):
         image = dataset.image(item)
-        mask = predictor.predict([image]).masks
-        predicted_C += np.bincount(mask.ravel(), minlength=n)
-        confusions[i] = confusion(torch.from_numpy(mask[0]), torch.from_numpy(dataset.mask(item, image.shape[:2])), n).numpy()
-    true = float(np.nanmean(class_iou(confusions.sum(0))))
+        mask, truth = predictor.predict([image]).masks[0], dataset.mask(item, image.shape[:2])
+        confusions[i] = confusion(torch.from_numpy(mask), torch.from_numpy(truth), n).numpy()
+        blanks[i] = np.bincount(mask[truth == IGNORE], minlength=n)
+    predicted_C, true_C = confusions.sum((0, 1)) + blanks.sum(0), class_iou(confusions.sum(0))
     rng, audits = np.random.default_rng(0), 10 if args.quick else args.audits
     rows, claims = [], []
     for size in SIZES:
-        found = [
-            estimate(confusions[rng.choice(len(pool), size, replace=False)], predicted_C, k)[0] for k in track(range(audits), f"{size}")
-        ]
-        values = np.array([(e.value, e.low, e.high) for e in found])
-        held = float(np.mean((values[:, 1] <= true) & (true <= values[:, 2])))
-        off, half = float(values[:, 0].mean() - true), float((values[:, 2] - values[:, 1]).mean() / 2)
-        rows.append(f"| {size} | {held:.3f} | {off:+.3f} | {values[:, 0].std(ddof=1):.3f} | {half:.3f} |")
+        found = []
+        for k in track(range(audits), f"{size} images"):
+            drawn = rng.choice(len(pool), size, replace=False)
+            miou, by_class = estimate(confusions[drawn], blanks[drawn], predicted_C, len(pool), k)
+            known = [c for c, e in enumerate(by_class) if not np.isnan(e.value)]
+            found.append((miou.value, miou.low, miou.high, true_C[known].mean(), len(known)))
+        value, low, high, true, classes = np.array(found).T
+        held, half = float(np.mean((low <= true) & (true <= high))), float((high - low).mean() / 2)
+        rows.append(f"| {size} | {held:.3f} | {(value - true).mean():+.3f} | {half:.3f} | {classes.mean():.1f} |")
         claims.append(Claim(f"share of audits of {size} images whose 95% interval holds the pool's mIoU", held, 0.95, "higher", ""))
     notes = (
-        f"{len(pool)} images of the pool, none learnt from, their mIoU {true:.3f}; {audits} audits of each size.\n\n"
-        "| images | holds the truth | mean error | sd of the estimate | half of the interval |\n|---|---|---|---|---|\n" + "\n".join(rows)
+        f"{len(pool)} images of the pool, none learnt from, their mIoU {np.nanmean(true_C):.3f}; {audits} audits of each size. The truth "
+        "of an audit is the pool's mIoU over the classes that it knows.\n\n"
+        "| images | holds the truth | mean error | half of the interval | classes known |\n|---|---|---|---|---|\n" + "\n".join(rows)
     )
     places = {"DATA": args.data, "RUN": args.run} | ({"WEIGHTS": args.weights} if args.weights else {})
     write("audit", "Audits of masks: intervals against the truth", claims, args.out, notes, places)

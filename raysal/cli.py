@@ -114,8 +114,12 @@ def audit(
     dataset: Annotated[str, typer.Argument(help="Data set folder that holds the experts' masks of the images to check.")],
     images: Annotated[int, typer.Option(min=1, help="Random images to check; all where there are fewer.")] = 30,
     learnt: Annotated[
-        list[str], typer.Option(help="Labels that the model learnt from (a run folder, or a labels.parquet): left out. Repeatable.")
+        list[str],
+        typer.Option(
+            help="Labels that the model learnt from, left out: a run folder, a labels.parquet or a text file of names. Repeatable."
+        ),
     ] = [],  # noqa: B006
+    ask: Annotated[str | None, typer.Option(help="Write the names of the images to label to this file, and stop.")] = None,
     out: Annotated[str | None, typer.Option(help="JSON file for the result.")] = None,
     reader: Annotated[str | None, typer.Option(help="Layout: folder, s5mars or ai4mars. Default: that of --config, or folder.")] = None,
     config: OptionalConfig = None,
@@ -131,7 +135,10 @@ def audit(
 
     cfg, ui = _of_folder(dataset, reader, config, set_), _ui(json_)
     with ui:
-        result = audit_labels(labels, checkpoint, cfg, images, learnt, ui.progress)
+        result = audit_labels(labels, checkpoint, cfg, images, learnt, ask, ui.progress)
+    if ask:
+        ui.result(result, f"{ask}: {len(result['images'])} images to label; then run the same command without --ask")
+        return
     if out:
         write_json(out, result)
     ui.result(result, lambda: print(_audited(result), flush=True))
@@ -324,7 +331,8 @@ def _measured(result: dict) -> str:
 def _audited(result: dict) -> str:
     """What an audit found, for people."""
     lines = [
-        f"mIoU {interval(result['miou'])} of {result['population']} masks (95% interval), from {len(result['images'])} random images",
+        f"mIoU {interval(result['miou'])} of {result['population']} masks (95% interval), from {len(result['images'])} random images, "
+        f"over the {len(result['classes_known'])} of {len(result['iou'])} classes that enough of them show",
         f"calibration error (ECE) {_number(result['calibration']['ece'])}, pixel accuracy {result['accuracy']:.4f}",
         "IoU by class:",
         *(f"{name:>14}  {interval(value)}" for name, value in result["iou"].items()),

@@ -129,7 +129,7 @@ class Ui:
             self.out.print(f"{name:>7}  {where}", highlight=False, soft_wrap=True, markup=False)
         if outcome.audit is not None:
             self.out.print(
-                f"  audit  mIoU of the masks {interval(outcome.audit)} (95%), from {cfg.loop.audit} random labels", highlight=False
+                f"  audit  mIoU of the masks {interval(outcome.audit)} (95%), from {outcome.audit['images']} random labels", highlight=False
             )
 
 

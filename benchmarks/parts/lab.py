@@ -24,10 +24,11 @@ import ray
 from torch import set_num_threads
 
 from raysal.archive.tables import manifest_of, read_table, scores_schema
-from raysal.archive.uris import exists, join, list_names, read_bytes, write_bytes
+from raysal.archive.uris import exists, join, list_names, read_bytes, remove_tree, write_bytes
 from raysal.config import Config, digest_of
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build
+from raysal.errors import InputError
 from raysal.model import checkpoint
 from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
@@ -70,6 +71,8 @@ class Split:
             k, n = self.fold
             site = site_groups(cfg, pool)
             order = list(dict.fromkeys(site[item.name] for item in pool))
+            if not 0 <= k < n <= len(order):
+                raise InputError(f"fold {k}/{n}: K is 0 to N - 1, and N at most the {len(order)} site groups of the pool")
             out = set(order[k::n])
             pool, held = tuple(i for i in pool if site[i.name] not in out), tuple(i for i in pool if site[i.name] in out)
         return dataset, pool[: self.limit], held[: self.limit]
@@ -92,18 +95,18 @@ class Training:
         cfg: Its configuration.
         labels: Names of the labelled images in order of purchase.
         split: Where the unlabelled rest and the images to measure on come from.
-        start: Digest of the training whose weights it starts from, None for the encoder's.
+        start: The training whose weights it starts from, None for the encoder's.
     """
 
     cfg: Config
     labels: tuple[str, ...]
     split: Split
-    start: str | None = None
+    start: Training | None = None
 
     def digest(self) -> str:
         """32 hex digits; knobs at their defaults are no part of it, so that new knobs leave old results valid."""
         cfg = decides(self.cfg)
-        more = {"fold": self.split.fold, "limit": self.split.limit} | ({"start": self.start} if self.start else {})
+        more = {"fold": self.split.fold, "limit": self.split.limit} | ({"start": self.start.digest()} if self.start else {})
         return digest_of([cfg, list(self.labels), more])[:32]
 
 
@@ -117,30 +120,55 @@ def decides(cfg: Config) -> dict[str, Any]:
     return tree
 
 
+def fingerprint(cfg: Config) -> str:
+    """32 hex digits over the names of a data set's splits and the bytes of their masks: results of one set say nothing of another."""
+    dataset = build(cfg.data, cfg.run)
+    seen = hashlib.sha256()
+    for split in (cfg.data.pool_split, cfg.data.val_split):
+        for item in dataset.split(split):
+            seen.update(f"{split}/{item.name}/".encode() + (read_bytes(item.mask) if item.mask else b""))
+    return seen.hexdigest()[:32]
+
+
 class Lab:
     """Does what experiments ask for, each thing once.
 
     Args:
-        cache: URI of a folder that all nodes reach.
-        known: JSON Lines files of earlier results, see `export`.
+        cache: URI of a folder that all nodes reach; one program at a time.
+        data: `fingerprint` of the data set.
+        known: JSON Lines file of earlier results, see `export`; left aside where it is of other data.
         say: Called with a line after each training.
+
+    Raises:
+        InputError: The cache is of other data.
     """
 
-    def __init__(self, cache: str, known: Sequence[Path] = (), say: Callable[[str], None] = print) -> None:
-        self.cache, self.say = cache, say
+    def __init__(self, cache: str, data: str, known: Path | None = None, say: Callable[[str], None] = print) -> None:
+        self.cache, self.data, self.say, self.code = cache, data, say, commit()
         self._lock, self._running = threading.Lock(), dict[str, Any]()
-        self._known: dict[str, dict] = {}
-        for file in known:
-            for line in file.read_text().splitlines() if file.exists() else ():
-                entry = json.loads(line)
-                self._known[entry["key"]] = entry["value"]
+        self._known: dict[str, Any] = {}
+        if known is not None and known.exists():
+            entries = [json.loads(line) for line in known.read_text().splitlines()]
+            self._known = {entry["key"]: entry["value"] for entry in entries}
+            if self._known.get("data") != data:
+                say(f"{known}: results of other data, not used")
+                self._known = {}
+        mine = join(cache, "data.json")
+        if exists(mine) and json.loads(read_bytes(mine)) != data:
+            raise InputError(f"{cache}: keeps results of other data; give another --cache")
+        write_bytes(mine, json.dumps(data).encode())
         self.done, self.started = 0, time.perf_counter()
 
     def trained(self, training: Training) -> dict:
         """Metrics of a training: run, waited for, or known."""
         digest = training.digest()
-        key = f"training-{digest}"
-        result: dict = self._once(key, lambda: run_training.remote(training, self.cache, digest, commit()))
+
+        def run() -> Any:
+            if training.start:
+                self._have_model(training.start)
+            return run_training.remote(training, self.cache, digest, self.code)
+
+        result: dict = self._once(f"training-{digest}", run)
         return result
 
     def predicted(self, training: Training, model: dict[str, Any]) -> dict:
@@ -150,17 +178,36 @@ class Lab:
         digest = training.digest()
 
         def run() -> Any:
-            self._have_model(training, digest)
+            self._have_model(training)
             return run_evaluation.remote(training, with_(training.cfg, model=model), self.cache, digest)
 
         result: dict = self._once("evaluation-" + digest_of([digest, model])[:32], run)
         return self.trained(training) | result
 
-    def _have_model(self, training: Training, digest: str) -> None:
+    def _have_model(self, training: Training) -> None:
         """Trains again where a result is known but its model is not in the cache."""
         self.trained(training)
-        if not exists(join(self.cache, "models", digest, checkpoint.INFO)):
-            ray.get(run_training.remote(training, self.cache, digest, commit()))
+        digest = training.digest()
+        if exists(join(self.cache, "models", digest, checkpoint.INFO)):
+            return
+
+        def run() -> Any:
+            if training.start:
+                self._have_model(training.start)
+            return run_training.remote(training, self.cache, digest, self.code)
+
+        self._once(f"model-{digest}", run, keep=False)
+
+    def _scored(self, training: Training, cfg: Config) -> str:
+        """Folder of the pool's scores by a trained model, for all queries that read the same columns."""
+        columns = tuple(dict.fromkeys((*SCORES, *needed_columns(cfg.query.strategy))))
+        cfg = with_(cfg, score={"scores": columns})
+        place = "scores-" + digest_of([cfg.score.model_dump(mode="json"), cfg.seed])[:16]
+        out = join(self.cache, "models", training.digest(), place)
+        if not exists(join(out, "done")):
+            self._have_model(training)
+            self._once(f"{training.digest()}-{place}", lambda: run_scores.remote(training, cfg, self.cache, out), keep=False)
+        return out
 
     def started_with(self, cfg: Config, split: Split, budget: int) -> tuple[str, ...]:
         """Names of the first labels, as cfg.loop.cold_start says."""
@@ -182,23 +229,27 @@ class Lab:
         key = "query-" + digest_of([digest, query])[:32]
 
         def run() -> Any:
-            if (cfg.query.strategy, cfg.query.batch) != ("random", "topk"):
-                self._have_model(training, digest)
-            return run_query.remote(training, cfg, budget, self.cache, digest)
+            blind = (cfg.query.strategy, cfg.query.batch) == ("random", "topk")
+            return run_query.remote(training, cfg, budget, None if blind else self._scored(training, cfg))
 
         return tuple(self._once(key, run))
 
     def export(self, file: Path) -> None:
         """Writes every result that is known or in the cache as JSON Lines, in order of key."""
-        found = self._known | {
-            name.removesuffix(".json"): json.loads(read_bytes(join(self.cache, name)))
-            for name in list_names(self.cache)
-            if name.startswith(("training-", "evaluation-", "start-", "query-"))
-        }
+        found = (
+            {"data": self.data}
+            | self._known
+            | {
+                name.removesuffix(".json"): json.loads(read_bytes(join(self.cache, name)))
+                for name in list_names(self.cache)
+                if name.startswith(("training-", "evaluation-", "start-", "query-"))
+            }
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps({"key": key, "value": found[key]}) + "\n" for key in sorted(found)))
 
-    def _once(self, key: str, submit: Callable[[], Any]) -> Any:
+    def _once(self, key: str, submit: Callable[[], Any], keep: bool = True) -> Any:
+        """A result by its key: known, in the cache, under way in another thread, or made now (and kept in the cache)."""
         uri = join(self.cache, f"{key}.json")
         with self._lock:
             job = self._running.setdefault(key, _Pending())
@@ -207,12 +258,13 @@ class Lab:
             try:
                 if key in self._known:
                     job.value = self._known[key]
-                elif exists(uri):
+                elif keep and exists(uri):
                     job.value = json.loads(read_bytes(uri))
                 else:
                     job.value = ray.get(submit())
-                    write_bytes(uri, json.dumps(job.value).encode())
-                    self._tell(key, job.value)
+                    if keep:
+                        write_bytes(uri, json.dumps(job.value).encode())
+                        self._tell(key, job.value)
             except BaseException as error:
                 job.error = error
                 raise
@@ -255,7 +307,7 @@ def run_training(training: Training, cache: str, digest: str, code: str) -> dict
     counts = count_classes(dataset, labeled)
     pixels, images = tuple(counts.sum(0).tolist()), tuple((counts > 0).sum(0).tolist())
     rest = tuple(item for item in pool if item.name not in bought)
-    start = join(cache, "models", training.start) if training.start else None
+    start = join(cache, "models", training.start.digest()) if training.start else None
     plan = Plan(cfg, dataset, labeled, (*rest, *extra), held, pixels, images, start)
     session = PlainSession(plan, join(folder, "log"), processes=0, keep=folder)
     train(plan, session)
@@ -299,7 +351,8 @@ def run_start(cfg: Config, split: Split, budget: int, cache: str, key: str) -> l
         folder = join(cache, "models", key)
         plan = Plan(cfg, dataset, (), (), (), (), ())
         checkpoint.save(folder, TwoBranch(cfg.model, dataset.label_set.n_classes, cfg.seed), model_info(plan))
-        return _scored(cfg, pool, folder, ())
+        _score(with_(cfg, score={"scores": ()}), pool, folder, join(folder, "embeddings"))
+        return read_table(join(folder, "embeddings"))
 
     typical = cfg.loop.cold_start == "typical"
     rows = typical_start(embed, budget, cfg.seed) if typical else random_start(dataset, pool, budget, cfg.seed)
@@ -308,38 +361,42 @@ def run_start(cfg: Config, split: Split, budget: int, cache: str, key: str) -> l
 
 
 @ray.remote(num_cpus=1, max_retries=5)
-def run_query(training: Training, cfg: Config, budget: int, cache: str, digest: str) -> list[str]:
-    """Scores the pool with a trained model, and chooses."""
+def run_scores(training: Training, cfg: Config, cache: str, out: str) -> int:
+    """Scores the whole pool with a trained model, by the actor that scores archives. Returns how many rows."""
     set_num_threads(1)
     dataset, pool, _ = training.split.open(cfg)
+    bonus = None
+    if cfg.score.class_bonus:
+        counts = count_classes(dataset, [item for item in pool if item.name in set(training.labels)])
+        bonus = tuple(rarity_bonus((counts > 0).sum(0)).tolist())
+    return _score(cfg, pool, join(cache, "models", training.digest()), out, bonus)
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def run_query(training: Training, cfg: Config, budget: int, scores: str | None) -> list[str]:
+    """Chooses from the pool's scores, or blindly."""
+    _, pool, _ = training.split.open(cfg)
     by_id, bought = {item.id: item for item in pool}, set(training.labels)
-    if cfg.query.strategy == "random" and cfg.query.batch == "topk":
+    if scores is None:
         listed = manifest_of(pool).select(["id", "uri"])
         table = listed.append_column("status", pa.array(["ok"] * len(pool)))
     else:
-        needed = needed_columns(cfg.query.strategy)
-        bonus = None
-        if cfg.score.class_bonus:
-            counts = count_classes(dataset, [item for item in pool if item.name in bought])
-            bonus = tuple(rarity_bonus((counts > 0).sum(0)).tolist())
-        table = _scored(cfg, pool, join(cache, "models", digest), tuple(dict.fromkeys((*SCORES, *needed))), bonus)
+        table = read_table(scores)
     have = {item.id for item in pool if item.name in bought}
     rows = choose(table, have, cfg, budget, {item.id: item.group for item in pool})
     return [by_id[row["id"]].name for row in rows]
 
 
-def _scored(cfg: Config, pool: Sequence[Item], model: str, columns: tuple[str, ...], bonus: tuple[float, ...] | None = None) -> pa.Table:
-    """The scores table of a pool by a model, from the actor that scores archives; kept beside the model."""
-    score = cfg.score.model_copy(update={"scores": columns})
-    cfg = cfg.model_copy(update={"score": score})
-    out = join(model, "scores-" + digest_of([score.model_dump(mode="json"), cfg.seed])[:16])
-    if not exists(join(out, "done")):
-        task = Task(cfg, model, checkpoint.digest_at(model), out, scores_schema(columns, score.embedding_dim), "cpu", 1, bonus)
-        receipt = ScoreImages(task)(manifest_of(pool)).to_pylist()[0]
-        if receipt.get("error"):
-            raise RuntimeError(f"scoring with {model} failed: {receipt}")
-        write_bytes(join(out, "done"), b"")
-    return read_table(out)
+def _score(cfg: Config, pool: Sequence[Item], model: str, out: str, bonus: tuple[float, ...] | None = None) -> int:
+    """Writes the scores table of a pool, from nothing: a note that a killed attempt left would be taken for a deadly image."""
+    remove_tree(out)
+    schema = scores_schema(cfg.score.scores, cfg.score.embedding_dim)
+    task = Task(cfg, model, checkpoint.digest_at(model), out, schema, "cpu", 1, bonus)
+    receipt = ScoreImages(task)(manifest_of(pool)).to_pylist()[0]
+    if receipt.get("error") or receipt["model"] or receipt["fetch"]:
+        raise RuntimeError(f"scoring with {model} failed: {receipt}")
+    write_bytes(join(out, "done"), b"")
+    return len(pool)
 
 
 def _where(split: Split) -> list:

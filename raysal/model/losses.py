@@ -176,10 +176,10 @@ def cross_pseudo(logits_BCHW: Tensor, pseudo_BHW: Tensor, where_BHW: Tensor) -> 
 
 
 @torch.no_grad()
-def pseudo_labels(logits_BCHW: Tensor, threshold: float = 0.0, by_class: bool = False) -> Tensor:
+def pseudo_labels(logits_BCHW: Tensor, threshold: float = 0.0, by_class: bool = False, valid_BHW: Tensor | None = None) -> Tensor:
     """Hard labels of a branch for the other one: argmax, IGNORE where it is not sure enough.
 
-    With p the confidence of a pixel and mu_c the mean confidence of the pixels that the batch, over all workers, gives to class c, a
+    With p the confidence of a pixel and mu_c the mean confidence of the valid pixels that the batch, over all workers, gives to class c, a
     pixel counts where p >= threshold, or by class where p >= threshold * mu_c / max mu: a class that the branch is not sure of yet is let
     in earlier (the idea of FlexMatch, Zhang et al., NeurIPS 2021, and of AEL's confidence bank, Hu et al., NeurIPS 2021; of this batch
     alone, so that a resumed training goes on with nothing to remember).
@@ -188,6 +188,7 @@ def pseudo_labels(logits_BCHW: Tensor, threshold: float = 0.0, by_class: bool = 
         logits_BCHW: [B, C, H, W].
         threshold: 0 keeps every pixel.
         by_class: Whether to scale it.
+        valid_BHW: bool; the pixels that make the class means. None: all.
 
     Returns:
         int64 [B, H, W].
@@ -197,12 +198,13 @@ def pseudo_labels(logits_BCHW: Tensor, threshold: float = 0.0, by_class: bool = 
     confidence_BHW, label_BHW = logits_BCHW.float().softmax(1).max(1)
     needed = torch.full((logits_BCHW.shape[1],), threshold, device=logits_BCHW.device)
     if by_class:
-        named = label_BHW.flatten()
-        sums_C = torch.zeros_like(needed).index_add_(0, named, confidence_BHW.flatten())
-        counts_C = torch.zeros_like(needed).index_add_(0, named, torch.ones_like(confidence_BHW).flatten())
+        counted = torch.ones_like(label_BHW, dtype=torch.bool) if valid_BHW is None else valid_BHW
+        named, sure = label_BHW[counted], confidence_BHW[counted]
+        sums_C = torch.zeros_like(needed).index_add_(0, named, sure)
+        counts_C = torch.zeros_like(needed).index_add_(0, named, torch.ones_like(sure))
         sums_C, counts_C = global_sum(torch.stack([sums_C, counts_C]))
         mu_C = sums_C / counts_C.clamp_min(1)
-        needed = threshold * mu_C / mu_C.max()
+        needed = threshold * mu_C / mu_C.max().clamp_min(1e-6)
     return torch.where(confidence_BHW >= needed[label_BHW], label_BHW, IGNORE)
 
 

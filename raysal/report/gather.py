@@ -152,6 +152,10 @@ def read_run(uri: str) -> Run:
         run.pool = run.attempt("manifest.parquet", lambda: read_table(manifest, ["id"]).num_rows, None)
     names = [name for name in list_names(join(uri, "rounds")) if name.isdigit()]
     run.rounds = tuple(_round(run, int(name), join(uri, "rounds", name)) for name in sorted(names, key=int))
+    newest = {r.metrics.get("checkpoint_digest") for r in run.finished[-1:]}
+    if run.audit and not newest & {run.audit.get("model_digest")}:
+        run.audit = {}
+        run.notes.append("audit.json: of another model than the last round's; run the same `raysal loop` again to audit that one")
     return run
 
 

@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from raysal.archive.tables import manifest_of, queue_schema, read_table, write_table
 from raysal.archive.uris import join, remove_tree
@@ -30,10 +31,10 @@ from raysal.query.scores import needed_columns, rarity_bonus
 from raysal.query.select import offered
 from raysal.rounds.audit import audit
 from raysal.rounds.choose import available, choose, random_start, typical_start
-from raysal.rounds.ledger import Ledger, OnStage, write_json
+from raysal.rounds.ledger import Ledger, OnStage, read_json, write_json
 from raysal.rounds.oracle import buy
 from raysal.rounds.preflight import preflight, preflight_rounds
-from raysal.stream.label import label_pool
+from raysal.stream.label import TRUST, label_pool
 from raysal.stream.pool import finished_by
 from raysal.stream.score import score_pool
 from raysal.train.loop import model_info
@@ -68,7 +69,7 @@ class Outcome:
         stopped: Why it ended: "rounds", "target", "no gain", "uncertainty", or "pool" where no image is left to ask for.
         checkpoint: URI of the final checkpoint.
         labels: URI of the masks of the pool.
-        audit: mIoU of those masks as {value, low, high}, estimated from the audited images; None without an audit.
+        audit: mIoU of those masks as {value, low, high}, estimated from so many {images}; None without an audit.
     """
 
     run: str
@@ -300,13 +301,16 @@ class _Loop:
             return
 
         def work(_: str) -> dict:
-            device = "cuda" if self.cfg.compute.use_gpu else "cpu"
+            device = "cuda" if self.cfg.compute.use_gpu and torch.cuda.is_available() else "cpu"  # the driver may have none
             progress = lambda done, total: self.watcher.on_progress(done, total, {})  # noqa: E731
             found = audit(outcome.checkpoint, outcome.labels, self.dataset, self.pool, learnt, images, self.cfg.seed, device, progress)
             write_json(join(self.ledger.run, "audit.json"), found)
-            return {"images": images, "digest": found["model_digest"], "miou": found["miou"]}
+            trust = join(outcome.labels, TRUST)
+            write_json(trust, read_json(trust) | {"audit": found})
+            return {"images": images, "digest": found["model_digest"], "miou": found["miou"], "checked": len(found["images"])}
 
-        outcome.audit = self.ledger.stage(round_, "audit", work)["miou"]
+        done = self.ledger.stage(round_, "audit", work)
+        outcome.audit = done["miou"] | {"images": done["checked"]}
 
     # --- stopping rules ----------------------------------------------------------------------------------------------
 

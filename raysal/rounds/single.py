@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.dataset
 
 from raysal.archive.tables import manifest_of, manifest_schema, queue_schema, read_table, write_table
-from raysal.archive.uris import absolute, exists, join, list_names, open_fs, read_bytes
+from raysal.archive.uris import absolute, exists, join, list_names, open_fs, read_bytes, write_bytes
 from raysal.config import Config, digest_of
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check, class_pixels
 from raysal.errors import DataError, ImageError, InputError
 from raysal.model import checkpoint
 from raysal.model.runtime import Predictor
-from raysal.rounds.audit import audit
+from raysal.rounds.audit import audit, draw
 from raysal.rounds.choose import choose
 from raysal.rounds.ledger import Ledger, write_json
 from raysal.rounds.loop import Watcher
@@ -99,7 +99,13 @@ def evaluate_checkpoint(uri: str, cfg: Config, split: str, on_progress: Callable
 
 
 def audit_labels(
-    labels: str, checkpoint_uri: str, cfg: Config, images: int, learnt: Sequence[str], on_progress: Callable[[int, int, dict], None]
+    labels: str,
+    checkpoint_uri: str,
+    cfg: Config,
+    images: int,
+    learnt: Sequence[str],
+    ask: str | None,
+    on_progress: Callable[[int, int, dict], None],
 ) -> dict:
     """Audits a table of masks with the labels of a data set; see `raysal.rounds.audit.audit`.
 
@@ -108,13 +114,19 @@ def audit_labels(
         checkpoint_uri: The model that made them.
         cfg: Its data section names the data set; pool_split holds the images that experts can be asked about.
         images: How many to draw.
-        learnt: Tables of labels, or run folders, that the model learnt from.
+        learnt: Text files of image names, labels.parquet files or run folders that the model learnt from.
+        ask: Where to write the names of the images to label; then nothing else is done.
         on_progress: Called as on_progress(done, total, {}).
     """
     dataset = build(cfg.data, cfg.run)
-    ids = {i for given in learnt for table in _label_tables(given) for i in read_table(table, ["id"])["id"].to_pylist()}
     items, device = dataset.split(cfg.data.pool_split), "cuda" if cfg.compute.use_gpu else "cpu"
+    ids = {item.id for item in _named(items, learnt)}
     checkpoint.require_classes(checkpoint_uri, checkpoint.read_info(checkpoint_uri), dataset.label_set)
+    if ask is not None:
+        _, chosen = draw(labels, checkpoint.digest_at(checkpoint_uri), items, ids, images, cfg.seed)
+        names = {item.id: item.name for item in items}
+        write_bytes(ask, "".join(f"{names[i]}\n" for i in chosen).encode())
+        return {"ask": ask, "images": chosen}
     return audit(checkpoint_uri, labels, dataset, items, ids, images, cfg.seed, device, lambda done, total: on_progress(done, total, {}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
@@ -10,11 +11,16 @@ import pyarrow as pa
 
 import raysal
 from raysal.archive.tables import labels_schema
+from raysal.archive.uris import join, write_bytes
 from raysal.config import Config
 from raysal.images.masks import encode_mask
 from raysal.labels import IGNORE
+from raysal.model.checkpoint import read_info
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
+
+TRUST = "_trust.json"
+"""File beside the shards: how far the masks can be trusted, as far as it is known."""
 
 
 def label_pool(
@@ -27,7 +33,9 @@ def label_pool(
 ) -> Summary:
     """Streams an archive through the model and writes one mask an image (`raysal.archive.tables.labels_schema`).
 
-    Ray must be initialised. Masks have their image's own size; pixels that are not valid are 255 and count as abstained.
+    Ray must be initialised. Masks have their image's own size; pixels that are not valid are 255 and count as abstained. Beside the shards
+    lies ``_trust.json``: the evaluation that the checkpoint carries (calibration, thresholds of confidence by class), and once there was
+    one, the audit (`raysal.rounds.audit`).
 
     Args:
         manifest: A manifest table, or the URI of one.
@@ -44,7 +52,7 @@ def label_pool(
         InputError: Manifest, checkpoint, output folder or cluster can't be used; found before any long work.
         RaysalError: The run broke down.
     """
-    return run_pool(
+    summary = run_pool(
         LabelImages,
         manifest,
         checkpoint_uri,
@@ -54,6 +62,9 @@ def label_pool(
         on_progress=on_progress,
         rows_per_shard=rows_per_shard,
     )
+    measured = read_info(checkpoint_uri).parents.get("metrics")
+    write_bytes(join(out_uri, TRUST), json.dumps({"model_digest": summary.model_digest, "val": measured}, indent=1).encode())
+    return summary
 
 
 class LabelImages(PoolWorker):

@@ -80,7 +80,11 @@ class Learner:
         self.autocast = precision == "bfloat16" or (precision == "auto" and session.device.type == "cuda")
 
     def step(self, step: int, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict[str, torch.Tensor]:
-        """One update of both branches. Returns its losses (detached scalars) and this rank's pseudo labels, IGNORE off the valid pixels."""
+        """One update of both branches.
+
+        Returns:
+            Its losses (detached scalars), and this rank's pseudo labels, IGNORE off the pixels that count.
+        """
         cfg, device = self.plan.cfg, self.session.device
         torch.manual_seed(draw_seed(cfg.seed, "step", step * self.session.world + self.session.rank))  # dropout, whatever came before
         x_l, y_l, valid_l = (t.to(device, non_blocking=True) for t in labeled)
@@ -114,7 +118,7 @@ class Learner:
         out = {k: v.detach() for k, v in out.items()}
         if pseudo is None:
             return out
-        valid = torch.cat([valid_l, valid_u])
+        valid = torch.cat([valid_l, valid_u]) & (pseudo[0] != IGNORE) & (pseudo[1] != IGNORE)
         return out | {f"pseudo{k}": torch.where(valid, y, IGNORE) for k, y in enumerate(pseudo, 1)}
 
     def bind(self) -> None:
@@ -135,9 +139,9 @@ class Learner:
         cfg, device = self.plan.cfg, self.session.device
         x_u, valid_u = (t.to(device, non_blocking=True) for t in batch)
         if not cfg.cps.cutmix:
-            return x_u, valid_u, None if self.teacher is None else self._pseudo(x_u)
+            return x_u, valid_u, None if self.teacher is None else self._pseudo(x_u, valid_u)
         boxes = self._boxes(step, len(x_u) // 2, x_u.shape[-2:]).to(device)
-        pseudo_u = [torch.where(boxes, y[1::2], y[0::2]) for y in self._pseudo(x_u)]
+        pseudo_u = [torch.where(boxes, y[1::2], y[0::2]) for y in self._pseudo(x_u, valid_u)]
         return torch.where(boxes[:, None], x_u[1::2], x_u[0::2]), torch.where(boxes, valid_u[1::2], valid_u[0::2]), pseudo_u
 
     def _paste(
@@ -147,7 +151,7 @@ class Learner:
         cfg, n, first = self.plan.cfg, len(x_u), (step * self.session.world + self.session.rank) * len(x_u)
         if not cfg.cps.paste or pseudo_u is None:
             return x_u, valid_u, pseudo_u
-        source = torch.arange(n, device=y_l.device) % len(y_l)
+        source = torch.arange(n, device=y_l.device) * len(y_l) // n  # the same pairs on any number of ranks
         region = torch.zeros_like(valid_u)
         for i in range(n):
             draw = torch.Generator().manual_seed(draw_seed(cfg.seed, "paste", first + i))
@@ -166,11 +170,11 @@ class Learner:
         return torch.cat([cutmix_boxes(1, height, width, cps.cutmix_boxes, cps.cutmix_area, seed) for seed in seeds])
 
     @torch.no_grad()
-    def _pseudo(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [self._labels(z) for z in (self.teacher or self.model)(x)]
+    def _pseudo(self, x: torch.Tensor, valid: torch.Tensor) -> list[torch.Tensor]:
+        return [self._labels(z, valid) for z in (self.teacher or self.model)(x)]
 
-    def _labels(self, z: torch.Tensor) -> torch.Tensor:
-        return losses.pseudo_labels(z.detach(), self.plan.cfg.cps.threshold, self.plan.cfg.cps.class_threshold)
+    def _labels(self, z: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return losses.pseudo_labels(z.detach(), self.plan.cfg.cps.threshold, self.plan.cfg.cps.class_threshold, valid)
 
     def _targets(
         self,
@@ -184,11 +188,11 @@ class Learner:
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Pseudo labels [n + m, H, W] of both branches over labelled and unlabelled images, and where they count."""
         cfg, n = self.plan.cfg.cps, len(x_l)
-        own = [self._labels(z) for z in (z1, z2)]
+        own = [self._labels(z, torch.cat([valid_l, valid_u])) for z in (z1, z2)]
         if pseudo_u is None:
             pseudo = own
         else:
-            labeled = self._pseudo(x_l) if self.teacher is not None and (cfg.on_null or not cfg.cutmix) else [y[:n] for y in own]
+            labeled = self._pseudo(x_l, valid_l) if self.teacher is not None and (cfg.on_null or not cfg.cutmix) else [y[:n] for y in own]
             pseudo = [torch.cat([a, b]) for a, b in zip(labeled, pseudo_u, strict=True)]
         blank = y_l == IGNORE
         where_l = valid_l & (blank if cfg.cutmix else torch.ones_like(blank))

@@ -214,7 +214,8 @@ def test_a_finished_run_is_audited_with_labels_it_never_learnt_from(undisturbed:
     assert set(first["iou"]) == set(json.loads((folder / "rounds/001/metrics.json").read_text())["iou"])
     marked = (folder / "rounds/001/stages/audit.json").stat().st_mtime_ns
     assert audited(4) == first and (folder / "rounds/001/stages/audit.json").stat().st_mtime_ns == marked
-    assert set(audited(19)["images"]) > set(first["images"])  # more of the same draw: earlier labels are not wasted
+    trust = json.loads((folder / "labels" / "_trust.json").read_text())
+    assert trust["audit"] == first and trust["val"]["abstention"] and trust["model_digest"] == first["model_digest"]
     assert "How good are the masks that nobody drew?" in (folder / "report" / "index.html").read_text()
 
     model = str(folder / "rounds/001/checkpoint")
@@ -223,6 +224,18 @@ def test_a_finished_run_is_audited_with_labels_it_never_learnt_from(undisturbed:
     done = raysal("audit", str(folder / "labels"), model, str(folder / "data"), *options)
     assert done.code == 0, done.err
     assert json.loads(out.read_text()) == first and "mIoU" in done.out and "random images" in done.out
+    more = raysal("audit", str(folder / "labels"), model, str(folder / "data"), "--learnt", str(folder), "--images", "9", "--json")
+    assert set(json.loads(more.out)["images"]) > set(first["images"])  # more of the same draw: earlier labels are not wasted
+    names = tmp_path / "names.txt"
+    asked = raysal("audit", str(folder / "labels"), model, str(folder / "data"), *options, "--ask", str(names))
+    assert asked.code == 0 and len(names.read_text().split()) == 4
+    (folder / "data" / "masks" / f"{names.read_text().split()[2]}.png").unlink()
+    missing = raysal("audit", str(folder / "labels"), model, str(folder / "data"), *options)
+    assert (
+        missing.code == 2 and "1 of 4 images of this audit have no mask yet" in missing.err and names.read_text().split()[2] in missing.err
+    )
+    forgotten = raysal("audit", str(folder / "labels"), model, str(folder / "data"))
+    assert forgotten.code == 2 and "learnt from 5 labels, 0 are named" in forgotten.err
     other = raysal("audit", str(folder / "labels"), str(folder / "rounds/000/checkpoint"), str(folder / "data"), *options)
     assert other.code == 2 and "masks of another model" in other.err
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from raysal.config import build
+from raysal.datasets.synthetic import write_archive
+from raysal.errors import InputError
 from tests.helpers import tiny_tree
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +107,7 @@ def test_a_digest_knows_what_decides_and_no_path(program: ModuleType, comparison
         lab.Training(comparison.cfg.model_copy(update={"seed": 5}), ("1", "2"), program.Split()),
         lab.Training(lab.with_(comparison.cfg, cps={"ema": True}), ("1", "2"), program.Split()),
         lab.Training(comparison.cfg, ("1", "2"), program.Split(fold=(0, 3))),
-        lab.Training(comparison.cfg, ("1", "2"), program.Split(), start="abc"),
+        lab.Training(comparison.cfg, ("1", "2"), program.Split(), start=base),
     ]
     assert len({t.digest() for t in others} | {base.digest()}) == len(others) + 1
 
@@ -113,22 +115,49 @@ def test_a_digest_knows_what_decides_and_no_path(program: ModuleType, comparison
 def test_what_is_known_is_not_done_again_and_what_was_used_is_kept(program: ModuleType, tmp_path: Path) -> None:
     Lab = program.parts_lab.Lab
     known = tmp_path / "kept.jsonl"
-    known.write_text(json.dumps({"key": "query-known", "value": ["a"]}) + "\n")
-    lab, calls = Lab(str(tmp_path / "cache"), [known], say=lambda _: None), []
+    entries = [{"key": "query-known", "value": ["a"]}, {"key": "data", "value": "mine"}]
+    known.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    lab = Lab(str(tmp_path / "cache"), "mine", known, say=lambda _: None)
 
     def never() -> Any:
         raise AssertionError("done again")
 
     assert lab._once("query-known", never) == ["a"]
-    (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "query-cached.json").write_text('["b"]')
-    assert lab._once("query-cached", never) == ["b"] and not calls
+    assert lab._once("query-cached", never) == ["b"]
     with pytest.raises(AssertionError):
         lab._once("query-new", never)
     (tmp_path / "cache" / "models").mkdir()
     lab.export(tmp_path / "out.jsonl")
-    again = Lab(str(tmp_path / "other"), [tmp_path / "out.jsonl"])
+    again = Lab(str(tmp_path / "other"), "mine", tmp_path / "out.jsonl")
     assert again._once("query-known", never) == ["a"] and again._once("query-cached", never) == ["b"]
+    said: list[str] = []
+    other = Lab(str(tmp_path / "third"), "other data", tmp_path / "out.jsonl", said.append)
+    assert "other data, not used" in said[0]
+    with pytest.raises(AssertionError):
+        other._once("query-known", never)
+    with pytest.raises(InputError, match="other data"):
+        Lab(str(tmp_path / "cache"), "other data")
+
+
+def test_a_fold_measures_on_whole_sites_and_buys_from_the_others(program: ModuleType, tmp_path: Path) -> None:
+    write_archive(str(tmp_path / "data"), 40, 4, 32, 0)
+    cfg = build(tiny_tree(tmp_path, data={"reader": "folder", "root": str(tmp_path / "data")}))
+    whole = {i.name for i in program.Split().open(cfg)[1]}
+    seen: set[str] = set()
+    for k in range(3):
+        _, pool, held = program.Split(fold=(k, 3)).open(cfg)
+        assert {i.name for i in pool} | {i.name for i in held} == whole and pool and held
+        assert not {i.group for i in pool} & {i.group for i in held}
+        seen |= {i.name for i in held}
+    assert seen == whole
+    for fold in ((3, 3), (0, 1000)):
+        with pytest.raises(InputError, match="site groups"):
+            program.Split(fold=fold).open(cfg)
+    first = program.parts_lab.fingerprint(cfg)
+    mask = next((tmp_path / "data" / "masks").glob("*.png"))
+    mask.write_bytes(mask.read_bytes() + b" ")
+    assert program.parts_lab.fingerprint(cfg) != first
 
 
 def test_tables_say_what_was_measured(program: ModuleType, comparison: Any) -> None:

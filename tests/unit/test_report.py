@@ -130,6 +130,13 @@ def test_an_audit_of_any_shape_makes_a_page(partial: Path, audit: object) -> Non
     assert "raysal report" in Path(build(str(partial))).read_text()
 
 
+def test_an_audit_of_another_model_is_not_shown_as_this_ones(whole: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path / "run")
+    put(run / "audit.json", json.loads((run / "audit.json").read_text()) | {"model_digest": "other"})
+    found = read_run(str(run))
+    assert not found.audit and any("another model" in note for note in found.notes)
+
+
 def test_rows_that_are_not_ok_are_listed_with_their_reason(whole: Path) -> None:
     html = text_of(whole)
     assert "not &lt;i&gt;an&lt;/i&gt; image" in html
