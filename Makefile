@@ -54,7 +54,12 @@ demo: $(STAMP) ## the whole loop on synthetic Mars scenes, ending with a report 
 	@$(BIN)/raysal demo $(ARGS)
 
 test: $(STAMP) ## every test
+ifeq ($(strip $(ARGS)),)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto # a process a core; tests that start Ray want the machine for themselves
+	@$(BIN)/python -m pytest tests/ray tests/e2e
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 test-unit: $(STAMP) ## the tests that start no Ray: the quickest look
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
