@@ -134,7 +134,6 @@ class Comparison:
         steps: list[tuple[Training | None, tuple[str, ...]]] = [(None, labels)]
         for round_ in range(row.rounds):
             training = Training(cfg, labels, self.split, steps[-1][0])
-            self.lab.trained(training)
             target = self.initial + (self.final - self.initial) * (round_ + 1) // row.rounds
             labels = (*labels, *self.lab.asked(training, cfg, target - len(labels)))
             steps.append((training if cfg.loop.warm_start else None, labels))
