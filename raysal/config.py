@@ -126,6 +126,7 @@ class CpsConfig(Section):
     cutmix_area: tuple[Fraction, Fraction] = (0.25, 0.5)  # share of the image that the boxes cover together
     ramp_fraction: Fraction = 0.0  # lambda * exp(-5 (1 - t/T)^2) over this share of the steps; 0.1 helps under 100 labels
     on_null: bool = True  # also on pixels of labelled images that the expert left blank
+    weighted: bool = False  # pseudo labels weigh by class as hand labels do in wce; off, as in CPS: frequent classes teach loudest
     threshold: Fraction = 0.0  # pseudo labels less sure than this do not count; 0: all do, as in CPS
     class_threshold: bool = False  # threshold (above 0) scaled by how sure the branch is of each class: rare ones are let in earlier
     paste: Fraction = 0.0  # probability that a region of a labelled image, rare classes first, is pasted into an unlabelled one

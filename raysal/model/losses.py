@@ -164,15 +164,16 @@ def supervised(
     return total, {name: value.detach() for name, value in terms.items()}
 
 
-def cross_pseudo(logits_BCHW: Tensor, pseudo_BHW: Tensor, where_BHW: Tensor) -> Tensor:
-    """Cross entropy against the other branch's labels: mean over pixels that `where` marks, on all workers (CPS, eq. 3).
+def cross_pseudo(logits_BCHW: Tensor, pseudo_BHW: Tensor, where_BHW: Tensor, weights_C: Tensor | None = None) -> Tensor:
+    """Cross entropy against the other branch's labels: (weighted) mean over pixels that `where` marks, on all workers (CPS, eq. 3).
 
     Args:
         logits_BCHW: The learning branch.
         pseudo_BHW: argmax of the other branch, no gradient; class ids of any integer type.
         where_BHW: bool; pixels that count. Elsewhere pseudo labels may be anything.
+        weights_C: Class weights; None weighs all alike, as CPS does.
     """
-    return wce(logits_BCHW, torch.where(where_BHW, pseudo_BHW.long(), IGNORE))
+    return wce(logits_BCHW, torch.where(where_BHW, pseudo_BHW.long(), IGNORE), weights_C)
 
 
 @torch.no_grad()

@@ -99,7 +99,8 @@ class Learner:
                 x_u, valid_u, pseudo_u = self._paste(step, x_l, y_l, x_u, valid_u, pseudo_u)
                 z1, z2 = self.net(torch.cat([x_l, x_u]))
                 pseudo, where = self._targets(z1, z2, x_l, y_l, valid_l, valid_u, pseudo_u)
-                cps = losses.cross_pseudo(z1, pseudo[1], where) + losses.cross_pseudo(z2, pseudo[0], where)
+                w = self.weights_C if cfg.cps.weighted else None
+                cps = losses.cross_pseudo(z1, pseudo[1], where, w) + losses.cross_pseudo(z2, pseudo[0], where, w)
             n = len(x_l)
             sup1, terms1 = losses.supervised(z1[:n], y_l, cfg.loss, self.weights_C)
             sup2, _ = losses.supervised(z2[:n], y_l, cfg.loss, self.weights_C)

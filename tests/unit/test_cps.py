@@ -194,6 +194,20 @@ def test_labels_under_the_threshold_do_not_count(stubbed: None) -> None:
     torch.testing.assert_close(learner.step(0, labeled, (x, valid))["cps"], total.detach())
 
 
+def test_pseudo_labels_weigh_by_class_where_asked(stubbed: None) -> None:
+    learner = learner_of(cps={"weighted": True, "cutmix": False, "on_null": False})
+    learner.weights_C = torch.arange(1.0, CLASSES + 1)
+    student, labeled, (x, valid) = copy.deepcopy(learner.model), labeled_batch(), unlabeled_batch(2)
+    where = torch.cat([labeled[2] & (labeled[1] != IGNORE), valid])
+    z = student(torch.cat([labeled[0], x]))
+    expected = torch.zeros(())
+    for own, other in ((0, 1), (1, 0)):
+        y = z[other].argmax(1)
+        w = learner.weights_C[y] * where
+        expected = expected + (w * F.cross_entropy(z[own], y, reduction="none")).sum() / w.sum()
+    torch.testing.assert_close(learner.step(0, labeled, (x, valid))["cps"], expected.detach())
+
+
 def test_class_thresholds_follow_how_sure_a_class_is() -> None:
     # Class 0 is named with 0.9 and 0.7 (mean 0.8), class 1 with 0.6 and 0.4 (mean 0.5): its threshold is 0.5/0.8 of the other's.
     p = torch.tensor([[[0.9, 0.7, 0.3, 0.3]], [[0.05, 0.2, 0.6, 0.4]], [[0.05, 0.1, 0.1, 0.3]]])[None]
