@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 import yaml
-from common import Claim, options, write
+from common import Claim, options, shown, write
 from parts import lab as parts_lab, plain, table
 from parts.lab import Lab, Split, Training, with_
 from parts.table import Found
@@ -244,6 +244,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", help="some rows by name; default: all")
     parser.add_argument("--variants", nargs="*", help="instead of the table, rows of label_efficiency_variants.yaml; no name: all")
     parser.add_argument("--fold", nargs="*", type=fold, help="K/N ...: measure on every Nth site group of the pool, from K, instead of val")
+    parser.add_argument("--keep-as", metavar="NAME", help="also write the tables to label_efficiency/NAME.md under --out")
     parser.add_argument("--cache", default="runs/label_efficiency", help="folder or URI that keeps every result")
     parser.add_argument("--address", help="Ray cluster that does the trainings; default: this machine's cores")
     return parser.parse_args()
@@ -276,6 +277,9 @@ def main() -> None:
     paper = {name: row.paper for name, row in rows.items()}
     text = tables(found, paper, comparisons, seeds)
     print(text)
+    if args.keep_as:
+        changed = f"Changes of the protocol: {', '.join(map(shown, args.overrides))}.\n\n" if args.overrides else ""
+        (kept.parent / f"{args.keep_as}.md").write_text(f"# {args.keep_as.replace('-', ' ')}\n\n{changed}{text}\n")
     if wanted == [*ROWS] and not args.fold and not args.quick:
         keep(found, paper, comparisons[0], text, args)
 
