@@ -55,8 +55,8 @@ demo: $(STAMP) ## the whole loop on synthetic Mars scenes, ending with a report 
 
 test: $(STAMP) ## every test
 ifeq ($(strip $(ARGS)),)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto # a process a core; tests that start Ray want the machine for themselves
-	@$(BIN)/python -m pytest tests/ray tests/e2e
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto # a process a core
+	@$(BIN)/python -m pytest tests/ray tests/e2e -n 2 --dist loadfile # they mostly wait for Ray to start processes
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -10,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray.data
 
@@ -28,7 +28,7 @@ from raysal.train.feeds import Draws
 from raysal.train.logs import read_log
 from raysal.train.plan import Plan
 from raysal.train.ray import Trained, fit
-from tests.helpers import tiny
+from tests.helpers import processes, tiny
 
 
 def plan_of(cfg: Config, labeled: int = 3) -> Plan:
@@ -93,10 +93,9 @@ def test_a_killed_worker_is_replaced_and_the_model_is_the_same(undisturbed, tmp_
         while not killed:
             records = read_log(str(tmp_path / "train"))
             if any(r.get("step", 0) >= 8 for r in records):  # by now the checkpoint of step 3 is uploaded for certain
-                for process in psutil.process_iter(["cmdline"]):
-                    if not killed and any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
-                        process.kill()
-                        killed.append(process.pid)
+                for process in processes("RayTrainWorker", os.getpid())[:1]:  # of this run: others may train on this machine
+                    process.kill()
+                    killed.append(process.pid)
             time.sleep(0.02)
 
     thread = threading.Thread(target=kill, daemon=True)
