@@ -93,7 +93,7 @@ class ModelConfig(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # RGB in 0..1; keep ImageNet's with ImageNet weights
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)  # as mean; the two belong together
     predict: Literal["mean", "branch1"] = "mean"  # one mask from both branches' mean, or branch 1 alone (half the time; CPS's authors)
-    flip: bool = False  # predict the mean of the image and its mirror image: steadier masks for twice the time
+    flip: bool = False  # predict the mean of the image and its mirror image, for twice the time
     sync_bn: bool = False  # batch statistics over all workers; turn on when a worker holds under 8 images
     compile: bool = False  # torch.compile of both branches; pays on GPUs and long runs
     channels_last: bool = True  # memory layout that convolutions prefer

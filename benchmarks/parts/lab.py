@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ class Lab:
 
     def __init__(self, cache: str, data: str, known: Path | None = None, say: Callable[[str], None] = print) -> None:
         self.cache, self.data, self.say, self.code = cache, data, say, commit()
-        self._lock, self._running = threading.Lock(), dict[str, Any]()
+        self._lock, self._running = threading.Lock(), dict[str, Future[Any]]()
         self._known: dict[str, Any] = {}
         if known is not None and known.exists():
             entries = [json.loads(line) for line in known.read_text().splitlines()]
@@ -161,15 +162,13 @@ class Lab:
 
     def trained(self, training: Training) -> dict:
         """Metrics of a training: run, waited for, or known."""
-        digest = training.digest()
-
-        def run() -> Any:
-            if training.start:
-                self._have_model(training.start)
-            return run_training.remote(training, self.cache, digest, self.code)
-
-        result: dict = self._once(f"training-{digest}", run)
+        result: dict = self._once(f"training-{training.digest()}", lambda: self._train(training))
         return result
+
+    def _train(self, training: Training) -> Any:
+        if training.start:
+            self._have_model(training.start)
+        return run_training.remote(training, self.cache, training.digest(), self.code)
 
     def predicted(self, training: Training, model: dict[str, Any]) -> dict:
         """Metrics of a training whose model predicts with other settings (``flip``, ``predict``)."""
@@ -188,15 +187,8 @@ class Lab:
         """Trains again where a result is known but its model is not in the cache."""
         self.trained(training)
         digest = training.digest()
-        if exists(join(self.cache, "models", digest, checkpoint.INFO)):
-            return
-
-        def run() -> Any:
-            if training.start:
-                self._have_model(training.start)
-            return run_training.remote(training, self.cache, digest, self.code)
-
-        self._once(f"model-{digest}", run, keep=False)
+        if not exists(join(self.cache, "models", digest, checkpoint.INFO)):
+            self._once(f"model-{digest}", lambda: self._train(training), keep=False)
 
     def _scored(self, training: Training, cfg: Config) -> str:
         """Folder of the pool's scores by a trained model, for all queries that read the same columns."""
@@ -211,10 +203,8 @@ class Lab:
 
     def started_with(self, cfg: Config, split: Split, budget: int) -> tuple[str, ...]:
         """Names of the first labels, as cfg.loop.cold_start says."""
-        key = (
-            "start-"
-            + digest_of([decides(cfg) if cfg.loop.cold_start == "typical" else cfg.seed, *_where(split), cfg.loop.cold_start, budget])[:32]
-        )
+        asked = decides(cfg) if cfg.loop.cold_start == "typical" else cfg.seed
+        key = "start-" + digest_of([asked, split.fold, split.limit, cfg.loop.cold_start, budget])[:32]
         return tuple(self._once(key, lambda: run_start.remote(cfg, split, budget, self.cache, key)))
 
     def asked(self, training: Training, cfg: Config, budget: int) -> tuple[str, ...]:
@@ -251,29 +241,24 @@ class Lab:
     def _once(self, key: str, submit: Callable[[], Any], keep: bool = True) -> Any:
         """A result by its key: known, in the cache, under way in another thread, or made now (and kept in the cache)."""
         uri = join(self.cache, f"{key}.json")
+        mine = Future[Any]()
         with self._lock:
-            job = self._running.setdefault(key, _Pending())
-            mine = job.claim()
-        if mine:
+            job = self._running.setdefault(key, mine)
+        if job is mine:
             try:
                 if key in self._known:
-                    job.value = self._known[key]
+                    value = self._known[key]
                 elif keep and exists(uri):
-                    job.value = json.loads(read_bytes(uri))
+                    value = json.loads(read_bytes(uri))
                 else:
-                    job.value = ray.get(submit())
+                    value = ray.get(submit())
                     if keep:
-                        write_bytes(uri, json.dumps(job.value).encode())
-                        self._tell(key, job.value)
+                        write_bytes(uri, json.dumps(value).encode())
+                        self._tell(key, value)
+                job.set_result(value)
             except BaseException as error:
-                job.error = error
-                raise
-            finally:
-                job.finished.set()
-        job.finished.wait()
-        if job.error is not None:
-            raise job.error
-        return job.value
+                job.set_exception(error)
+        return job.result()
 
     def _tell(self, key: str, value: Any) -> None:
         if key.startswith("training-"):
@@ -281,17 +266,6 @@ class Lab:
             minutes = (time.perf_counter() - self.started) / 60
             what = f"{value['labels_n']} labels, seed {value['seed']}, mIoU {value['miou']:.4f}, {value['seconds']:.0f} s"
             self.say(f"{minutes:6.1f} min  training {self.done}: {what}")
-
-
-class _Pending:
-    """A result that one thread makes and others wait for."""
-
-    def __init__(self) -> None:
-        self.finished, self.value, self.error, self._claimed = threading.Event(), None, None, False
-
-    def claim(self) -> bool:
-        first, self._claimed = not self._claimed, True
-        return first
 
 
 @ray.remote(num_cpus=1, max_retries=5)
@@ -397,10 +371,6 @@ def _score(cfg: Config, pool: Sequence[Item], model: str, out: str, bonus: tuple
         raise RuntimeError(f"scoring with {model} failed: {receipt}")
     write_bytes(join(out, "done"), b"")
     return len(pool)
-
-
-def _where(split: Split) -> list:
-    return [split.fold, split.limit]
 
 
 def commit() -> str:

@@ -158,7 +158,7 @@ def _audit(desk: Desk) -> list[Chart]:
     return desk.draw(
         "audit", "How good are the masks that nobody drew?",
         f"Experts labelled {n} random images of {population:,.0f} that the model never learnt from. The dot is what those say about all "
-        "of them, the bar where the truth lies with 95 % confidence (more such images make it shorter); n/a: none of them shows the class.",
+        "of them, the bar where the truth lies with 95 % confidence (more images make it shorter); n/a: too few of them show the class.",
         lambda t: figures.intervals(("mean", *desk.classes), ((128, 128, 128), *desk.label_set.colors), value_N, low_N, high_N, t),
     )  # fmt: skip
 
