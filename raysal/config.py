@@ -130,6 +130,7 @@ class CpsConfig(Section):
     threshold: Fraction = 0.0  # pseudo labels less sure than this do not count; 0: all do, as in CPS
     class_threshold: bool = False  # threshold (above 0) scaled by how sure the branch is of each class: rare ones are let in earlier
     paste: Fraction = 0.0  # probability that a region of a labelled image, rare classes first, is pasted into an unlabelled one
+    pseudo_dropout: bool = True  # pseudo labels drawn with the network's dropout; off: by the whole network, steadier
     ema: bool = False  # pseudo labels from a moving average of each branch; steadier, one more copy of the weights
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.996  # share of the old average kept at each step
 

@@ -288,6 +288,7 @@ def run_training(training: Training, cache: str, digest: str, code: str) -> dict
     session.close()
     measured = json.loads(read_bytes(join(folder, checkpoint.INFO)))["parents"]["metrics"]
     classes, sites = dataset.label_set.classes, site_groups(cfg, pool)
+    archive = evaluate(Predictor.load(folder), dataset, rest, cfg.train.eval_batch).to_dict(classes) if rest else {}
     return {
         "digest": digest,
         "seed": cfg.seed,
@@ -300,6 +301,7 @@ def run_training(training: Training, cache: str, digest: str, code: str) -> dict
         "sites": len({sites[item.name] for item in labeled}),
         "panoramas": len({item.group for item in labeled}),
         **measured,
+        "rest": {key: archive[key] for key in ("miou", "iou")} if rest else None,
         "seconds": round(time.perf_counter() - began, 1),
         "commit": code,
     }

@@ -61,6 +61,12 @@ def final(found: Found, row: str) -> Spread:
     return Spread(tuple(points[-1].record["miou"] for points in found[row]))
 
 
+def rest(found: Found, row: str) -> Spread | None:
+    """mIoU of a row's last training on the pool's images that were not bought, by seed; None where all were."""
+    values = [points[-1].record.get("rest") for points in found[row]]
+    return Spread(tuple(v["miou"] for v in values)) if all(values) else None
+
+
 def area(points: Sequence[Point]) -> float:
     """Mean height of a learning curve: the area under its straight pieces over the span of its labels."""
     x, y = [p.labels for p in points], [p.record["miou"] for p in points]
@@ -84,7 +90,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main_table(found: Found, paper: Mapping[str, float | None]) -> str:
-    """mIoU, what it is of full supervision, the curve's area, the gain over Random, and the paper's figure."""
+    """mIoU, what it is of full supervision, mIoU on the rest of the pool, the curve's area, the gain over Random, the paper's figure."""
     ceiling = FULL in found
     rows = []
     for name, seeds in found.items():
@@ -97,11 +103,12 @@ def main_table(found: Found, paper: Mapping[str, float | None]) -> str:
                 str(value),
                 f"{100 * value.mean / final(found, FULL).mean:.1f}%" if ceiling else "-",
                 f"{better.mean:+.3f} ± {better.half:.3f}" if better else "-",
+                str(rest(found, name) or "-"),
                 f"{Spread(tuple(area(points) for points in seeds)).mean:.3f}" if len(seeds[0]) > 1 else "-",
                 f"{published:.2f} ({100 * published / PAPER_FULL:.1f}%)" if published else "-",
             ]
         )
-    return table(["row", "labels", "mIoU", "of full", "against Random (95%)", "curve", "paper (of its full)"], rows)
+    return table(["row", "labels", "mIoU", "of full", "against Random (95%)", "rest of the pool", "curve", "paper (of its full)"], rows)
 
 
 def class_table(found: Found) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -191,6 +192,19 @@ def place(model: TwoBranch, cfg: ModelConfig, device: torch.device | str) -> Two
 def dropouts(model: nn.Module) -> list[nn.Module]:
     """All modules of a model that drop something; MC dropout turns these alone to train mode."""
     return [m for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Nothing is dropped inside; batch norm keeps its mode."""
+    modules = [m for m in dropouts(model) if m.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
 
 
 def _build_branch(cfg: ModelConfig, n_classes: int, seed: int, hub_weights: str | None = None) -> Any:

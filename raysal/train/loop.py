@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from raysal.datasets.augment import cutmix_boxes, draw_seed
 from raysal.errors import CheckpointError
 from raysal.labels import IGNORE
 from raysal.model import checkpoint, losses
-from raysal.model.network import TwoBranch, prepare
+from raysal.model.network import TwoBranch, prepare, without_dropout
 from raysal.model.runtime import Predictor
 from raysal.train.evaluate import Evaluation, evaluate
 from raysal.train.feeds import Draws, LabeledBatch, UnlabeledBatch, loader
@@ -172,7 +173,9 @@ class Learner:
 
     @torch.no_grad()
     def _pseudo(self, x: torch.Tensor, valid: torch.Tensor) -> list[torch.Tensor]:
-        return [self._labels(z, valid) for z in (self.teacher or self.model)(x)]
+        model = self.teacher or self.model
+        with nullcontext() if self.plan.cfg.cps.pseudo_dropout else without_dropout(model):
+            return [self._labels(z, valid) for z in model(x)]
 
     def _labels(self, z: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return losses.pseudo_labels(z.detach(), self.plan.cfg.cps.threshold, self.plan.cfg.cps.class_threshold, valid)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from raysal.config import Config
@@ -21,7 +20,7 @@ from raysal.model import checkpoint, losses
 from raysal.model.checkpoint import ModelInfo
 from raysal.model.network import TwoBranch
 from raysal.train import loop
-from raysal.train.feeds import LabeledBatch, UnlabeledBatch, _Batches, draw_at
+from raysal.train.feeds import LabeledBatch, UnlabeledBatch
 from raysal.train.loop import Learner
 from raysal.train.plan import Plan
 from tests.helpers import tiny
@@ -300,6 +299,15 @@ def test_the_average_is_a_plain_mean_until_its_decay_is_the_longer_memory(stubbe
     assert learner.teacher.passes == learner.model.passes == 5  # what is counted is taken over, not averaged
 
 
+@pytest.mark.parametrize("drawn", [True, False])
+def test_pseudo_labels_come_with_dropout_or_without_as_asked(drawn: bool) -> None:
+    learner = learner_of(model=SMALL | {"dropout": 0.5}, cps={"pseudo_dropout": drawn})
+    x, valid = unlabeled_batch(size=32)
+    first, second = (learner._pseudo(x, valid) for _ in range(2))
+    assert torch.equal(torch.stack(first), torch.stack(second)) != drawn
+    assert all(m.training for m in learner.model.modules())  # the student's own pass drops all the same
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_bfloat16_step_moves_every_parameter_and_stays_close_to_float32(ema: bool) -> None:
     def one(precision: str) -> tuple[dict[str, Tensor], Learner, list[str]]:
@@ -338,36 +346,6 @@ def test_a_mixed_image_is_the_same_on_any_number_of_ranks(stubbed: None, world: 
     assert torch.equal(torch.cat([p[1] for p in parts]), mixed_valid)
     for k in (0, 1):
         assert torch.equal(torch.cat([p[2][k] for p in parts]), pseudo[k])
-
-
-def dealt(first_step: int, steps: int, batch: int, world: int, steps_per_block: int) -> list[list[list[int]]]:
-    """Draws of each rank and step, where blocks of rows go to the ranks in turn."""
-    share = batch // world
-    rows = list(range(steps * batch))
-    blocks = [rows[i : i + steps_per_block * share] for i in range(0, len(rows), steps_per_block * share)]
-    mine = [[row for block in blocks[rank::world] for row in block] for rank in range(world)]
-    draws = [[draw_at(row, first_step, batch, world, steps_per_block) for row in rows_r] for rows_r in mine]
-    return [[d[i : i + share] for i in range(0, len(d), share)] for d in draws]
-
-
-def loaded(first_step: int, steps: int, batch: int, world: int) -> list[list[list[int]]]:
-    return [list(_Batches(first_step, first_step + steps, batch, rank, world)) for rank in range(world)]
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("steps_per_block", [1, 3, 8])
-@pytest.mark.parametrize("first_step", [0, 1, 24])
-def test_blocks_dealt_in_turn_give_each_rank_its_share_of_each_step(world: int, steps_per_block: int, first_step: int) -> None:
-    share = 8 // world
-    expected = [[list(range(s * 8 + r * share, s * 8 + (r + 1) * share)) for s in range(first_step, first_step + 24)] for r in range(world)]
-    assert dealt(first_step, 24, 8, world, steps_per_block) == expected == loaded(first_step, 24, 8, world)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 7), st.integers(1, 4), st.integers(0, 10**6))
-def test_any_blocks_deal_the_draws_of_a_loader(world: int, share: int, per_block: int, blocks: int, first_step: int) -> None:
-    steps = per_block * blocks
-    assert dealt(first_step, steps, share * world, world, per_block) == loaded(first_step, steps, share * world, world)
 
 
 def test_the_learning_rate_falls_by_its_power_and_the_head_keeps_its_multiple(stubbed: None) -> None:

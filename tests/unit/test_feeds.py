@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from raysal.datasets.augment import Augment, draw_seed
 from raysal.datasets.base import Dataset
@@ -16,7 +16,7 @@ from raysal.datasets.build import build
 from raysal.errors import DataError, ImageError
 from raysal.images.masks import encode_mask
 from raysal.labels import IGNORE
-from raysal.train.feeds import Draws, loader, permutation, share
+from raysal.train.feeds import Draws, _Batches, draw_at, loader, permutation, share
 from tests.helpers import tiny
 
 
@@ -117,3 +117,33 @@ def test_augin_gives_a_draw_the_style_of_the_next_and_leaves_labels_and_valid_pi
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(DataError, match=r"train\.batch_labeled=9 does not divide over 2 workers"):
         share(9, 2, "train.batch_labeled")
+
+
+def dealt(first_step: int, steps: int, batch: int, world: int, steps_per_block: int) -> list[list[list[int]]]:
+    """Draws of each rank and step, where blocks of rows go to the ranks in turn."""
+    share = batch // world
+    rows = list(range(steps * batch))
+    blocks = [rows[i : i + steps_per_block * share] for i in range(0, len(rows), steps_per_block * share)]
+    mine = [[row for block in blocks[rank::world] for row in block] for rank in range(world)]
+    draws = [[draw_at(row, first_step, batch, world, steps_per_block) for row in rows_r] for rows_r in mine]
+    return [[d[i : i + share] for i in range(0, len(d), share)] for d in draws]
+
+
+def loaded(first_step: int, steps: int, batch: int, world: int) -> list[list[list[int]]]:
+    return [list(_Batches(first_step, first_step + steps, batch, rank, world)) for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("steps_per_block", [1, 3, 8])
+@pytest.mark.parametrize("first_step", [0, 1, 24])
+def test_blocks_dealt_in_turn_give_each_rank_its_share_of_each_step(world: int, steps_per_block: int, first_step: int) -> None:
+    share = 8 // world
+    expected = [[list(range(s * 8 + r * share, s * 8 + (r + 1) * share)) for s in range(first_step, first_step + 24)] for r in range(world)]
+    assert dealt(first_step, 24, 8, world, steps_per_block) == expected == loaded(first_step, 24, 8, world)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 7), st.integers(1, 4), st.integers(0, 10**6))
+def test_any_blocks_deal_the_draws_of_a_loader(world: int, share: int, per_block: int, blocks: int, first_step: int) -> None:
+    steps = per_block * blocks
+    assert dealt(first_step, steps, share * world, world, per_block) == loaded(first_step, steps, share * world, world)

@@ -47,6 +47,7 @@ class Ledger:
         value = sum(map(int, training.labels)) / len(training.labels) / 2000
         counts = {"rock": len(training.labels), "sky": 0}
         record = {"miou": value, "iou": {"rock": value, "sky": None}, "class_images": counts, "panoramas": 3, "sites": 2}
+        record["rest"] = {"miou": value / 2, "iou": {}} if len(training.labels) < 100 else None
         return record | {"labels": "all" if len(training.labels) > 100 else list(training.labels)}
 
     def predicted(self, training: Any, model: dict) -> dict:
@@ -169,6 +170,11 @@ def test_tables_say_what_was_measured(program: ModuleType, comparison: Any) -> N
     text = table.main_table(found, paper)
     assert f"| UEQ, 4 rounds | 32 | {table.final(found, 'UEQ, 4 rounds')} |" in text and "76.73 (95.7%)" in text
     assert len(text.splitlines()) == 2 + len(rows)
+    row = next(line for line in text.splitlines() if line.startswith("| Random | "))
+    assert f"| {table.rest(found, 'Random')} |" in row and table.rest(found, "Random").mean == pytest.approx(
+        table.final(found, "Random").mean / 2
+    )
+    assert table.rest(found, "Full supervision") is None
     assert "| 32.0 | 0.0 | 1.0 | 3.0 | 2.0 |" in table.bought_table(found)
     assert table.class_table(found).splitlines()[2].endswith("| - |")  # a class that nobody met has no number
     assert table.area(found["UEQ, 2 rounds"][0]) == pytest.approx(
