@@ -181,6 +181,13 @@ class ScoreConfig(Section):
     batch_size: Positive = 8  # images of one size per forward pass
 
 
+class LabelConfig(Section):
+    """How an archive's masks are made."""
+
+    # Pixels of which val does not promise this share of right ones, by class, abstain (255); null keeps all.
+    precision: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
 class QueryConfig(Section):
     """What to ask experts for next."""
 
@@ -243,6 +250,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
+    label: LabelConfig = LabelConfig()
     query: QueryConfig = QueryConfig()
     loop: LoopConfig = LoopConfig()
     compute: ComputeConfig = ComputeConfig()

@@ -31,6 +31,8 @@ def score_pool(
     class_bonus: Sequence[float] | np.ndarray | None = None,
     on_progress: Progress | None = None,
     rows_per_shard: int | None = None,
+    retry_failed: bool = False,
+    replace: bool = False,
 ) -> Summary:
     """Streams an archive through the model and writes one row of scores an image (`raysal.archive.tables.scores_schema`).
 
@@ -40,11 +42,13 @@ def score_pool(
     Args:
         manifest: A manifest table, or the URI of one.
         checkpoint_uri: The model.
-        out_uri: Folder for the shards and ``_SUCCESS``; an earlier output there is replaced.
+        out_uri: Folder for the shards and ``_SUCCESS``. Images that it holds already are not done again.
         cfg: `score`, the columns that `query.strategy` needs beyond it, `data`'s limits, `compute`.
         class_bonus: omega_C by class id, from `raysal.query.scores.rarity_bonus`; needed where `score.class_bonus` is on.
         on_progress: Called as on_progress(done, total, counts by status) after each block.
         rows_per_shard: Rows of a shard; None chooses.
+        retry_failed: Do images again whose row says that they failed.
+        replace: Drop rows that another model or configuration left in the folder.
 
     Returns:
         Rows by status, the checkpoint's digest, and the speed.
@@ -70,6 +74,8 @@ def score_pool(
         on_progress=on_progress,
         class_bonus=None if class_bonus is None else [float(w) for w in class_bonus],
         rows_per_shard=rows_per_shard,
+        retry_failed=retry_failed,
+        replace=replace,
     )
 
 

@@ -25,6 +25,9 @@ from raysal.errors import CheckpointError, ImageError, RaysalError
 from raysal.images.decode import decode_image
 from raysal.model.runtime import Predictor
 
+RUN = "_RUN.json"
+"""In an output folder: whose rows it holds, and the token of the run that works on it."""
+
 STATUSES = ("ok", "fetch", "decode", "limit", "model")
 """What can become of an image, as in the tables' ``status``."""
 
@@ -56,6 +59,7 @@ class Task:
         schema: Of the output table.
         device: Where the model runs.
         threads: torch threads of an actor.
+        token: Of the run; a process that outlived its run must not write into the next one's output.
         class_bonus: omega_C of the scores, None without.
     """
 
@@ -66,6 +70,7 @@ class Task:
     schema: pa.Schema
     device: str
     threads: int
+    token: str
     class_bonus: tuple[float, ...] | None = None
 
 
@@ -161,13 +166,22 @@ class PoolWorker:
         columns = block.to_pydict()
         exclude = columns.get("exclude") or [None] * len(columns["id"])
         sources = [Source(i, uri, tuple(e or ())) for i, uri, e in zip(columns["id"], columns["uri"], exclude, strict=True)]
-        shard = shard_name([s.id for s in sources])
+        shard = shard_name([s.id for s in sources], self.task.token)
         with Attempt(join(self.task.out_uri, f"_attempt-{shard}.json")) as attempt:
             found = self._work(sources) if attempt.plain else self._work_carefully(sources, attempt)
             common = self.common()
             table = pa.Table.from_pylist([{**common, **row} for row in found], schema=self.task.schema)
+            self._check_token()
             write_table(join(self.task.out_uri, shard), table)
         return shard, Counter(row["status"] for row in found)
+
+    def _check_token(self) -> None:
+        try:
+            owner = json.loads(read_bytes(join(self.task.out_uri, RUN)))["token"]
+        except FileNotFoundError:
+            owner = None
+        if owner != self.task.token:
+            raise RaysalError(f"{self.task.out_uri}: another run took this output over, or removed it; wait for that one, then run again")
 
     def _work(self, sources: Sequence[Source]) -> list[Row]:
         """A row for each source, in order. Images of one size run together; reading goes on while the network works."""
@@ -275,9 +289,9 @@ class Attempt:
         remove_tree(self._uri)
 
 
-def shard_name(ids: Sequence[str]) -> str:
-    """The file of a block, from its ids alone: done again, a block replaces its own shard."""
-    return f"part-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:24]}.parquet"
+def shard_name(ids: Sequence[str], token: str) -> str:
+    """The file of a block, from its ids and its run: done again in one run, a block replaces its own shard, and nobody else's."""
+    return f"part-{hashlib.sha256(json.dumps([token, *ids]).encode()).hexdigest()[:24]}.parquet"
 
 
 def failed(source: Source, status: str, error: object) -> Row:

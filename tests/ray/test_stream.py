@@ -42,7 +42,8 @@ def test_the_summary_is_left_beside_the_shards(scored, checkpoint: str) -> None:
     assert summary.model_digest == digest_at(checkpoint)
     assert summary.counts == {"ok": 42, "fetch": 0, "decode": 0, "limit": 0, "model": 0}
     assert [call[:2] for call in calls] == [(42, 42)]
-    assert sorted(p.name for p in out.iterdir() if not p.name.startswith("part-")) == ["_SUCCESS"]
+    assert (summary.done, summary.others) == (42, 0)
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith("part-")) == ["_RUN.json", "_SUCCESS", "_rows.parquet"]
 
 
 @pytest.mark.parametrize(("shards", "batch_size", "actors"), [(3, 1, 2), (7, 8, 1)])
