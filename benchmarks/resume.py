@@ -2,8 +2,8 @@
 
     python benchmarks/resume.py
 
-A cluster of two nodes (two raylets on this machine) labels synthetic scenes. At random moments one of these dies by SIGKILL: the driver (the
-command is then given again), a model actor, or the second node (another one joins later). The output is compared with an undisturbed one.
+A cluster of two nodes (two raylets on this machine) labels synthetic scenes. At random moments one of these dies by SIGKILL: the driver
+(the command is then given again), a model actor, or the second node (another one joins). The output is compared with an undisturbed one.
 """
 
 from __future__ import annotations

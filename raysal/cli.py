@@ -166,13 +166,12 @@ def score(
 
     Example: raysal score runs/demo/rounds/002/checkpoint runs/demo/manifest.parquet --out runs/demo/scores
     """
-    from raysal.cluster import connected
     from raysal.rounds.single import open_manifest
     from raysal.stream.score import score_pool
 
     cfg, ui = load(config, set_), _ui(json_)
     table = open_manifest(manifest)
-    with ui, connected(cfg.compute):
+    with ui:
         summary = score_pool(table, checkpoint, out, cfg, on_progress=ui.progress, retry_failed=retry_failed, replace=replace)
     ui.result({"scores": out, **summary.to_dict()}, f"scores {out}: {summary}")
 
@@ -196,12 +195,11 @@ def label(
 
     Example: raysal label runs/demo/checkpoint archive/images --out labels --precision 0.95
     """
-    from raysal.cluster import connected
     from raysal.rounds.single import label_archive
 
     asked = [f"label.precision={precision}"] if precision is not None else []
     cfg, ui = load(config, [*asked, *set_]), _ui(json_)
-    with ui, connected(cfg.compute):
+    with ui:
         for summary in label_archive(manifest, checkpoint, out, cfg, ui.watcher(), retry_failed, replace, watch):
             ui.result({"labels": out, **summary.to_dict()}, f"labels {out}: {summary}")
 

@@ -10,6 +10,7 @@ hold. No row is lost, none is doubled.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -23,12 +24,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import ray.data
+import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
 from raysal.archive.uris import absolute, exists, is_local, join, open_fs, read_bytes
-from raysal.cluster import data_context, score_actors
+from raysal.cluster import connected, data_context, score_actors
 from raysal.config import Config, digest_of
 from raysal.errors import InputError, RaysalError
 from raysal.model.checkpoint import digest_at
@@ -64,7 +66,7 @@ class Summary:
         config_digest: Of the configuration.
         seconds: From call to return, start-up of actors included.
         images_per_second: done / seconds.
-        core_seconds: What this run cost: seconds x cores (or accelerators) that it kept busy.
+        core_seconds: What this run cost: seconds x cores that it kept busy.
     """
 
     rows: int
@@ -122,7 +124,7 @@ def run_pool(
     started = time.perf_counter()
     manifest, wanted = _check_manifest(manifest)
     checkpoint_uri, out_uri = absolute(checkpoint_uri), absolute(out_uri)
-    digest, actors = digest_at(checkpoint_uri), score_actors(cfg.compute)
+    digest = digest_at(checkpoint_uri)
     bonus = None if class_bonus is None else tuple(class_bonus)
     decides = digest_of([cfg.digest(), schema.names, bonus])
     output = Output(out_uri, schema, {"kind": worker.__name__, "model_digest": digest, "config_digest": decides})
@@ -130,20 +132,18 @@ def run_pool(
     held = output.held()
     there = np.sort(held.key[held.good] if retry_failed else held.key)
     missing = ~_among(wanted, there)
-    todo = int(missing.sum())
+    todo, cores = int(missing.sum()), 0
     if todo:
         output.open()
-        rows = rows_per_shard or min(LARGEST_BLOCK, max(cfg.score.batch_size, math.ceil(todo / (actors * BLOCKS_PER_ACTOR))))
-        actors = min(actors, math.ceil(todo / rows))
-        device, threads = "cuda" if cfg.compute.use_gpu else "cpu", max(1, _cores() // actors)
-        task = Task(cfg, checkpoint_uri, digest, out_uri, schema, device, threads, token, bonus)
-        _stream(worker, _blocks(manifest, missing, there, rows), task, rows, actors, todo, on_progress)
+        device = "cuda" if cfg.compute.use_gpu else "cpu"
+        task = Task(cfg, checkpoint_uri, digest, out_uri, schema, device, 1, token, bonus)
+        cores = _work(worker, manifest, missing, there, task, rows_per_shard, on_progress)
         held = output.held()
     if absent := int((~_among(wanted, np.sort(held.key))).sum()):
         raise RaysalError(
             f"{out_uri}: {absent} of {len(wanted)} images have no row at the end; was the folder changed? Run the command again"
         )
-    seconds, cores = time.perf_counter() - started, actors if cfg.compute.use_gpu else actors * max(1, _cores() // actors)
+    seconds = time.perf_counter() - started
     summary = Summary(
         rows=len(wanted),
         done=todo,
@@ -153,7 +153,7 @@ def run_pool(
         config_digest=cfg.digest(),
         seconds=seconds,
         images_per_second=todo / seconds,
-        core_seconds=seconds * cores if todo else 0.0,
+        core_seconds=seconds * cores,
     )
     if todo or finished_by(out_uri) is None:
         output.commit(summary.to_dict(), held)
@@ -167,6 +167,30 @@ def finished_by(out_uri: str) -> str | None:
     return digest
 
 
+def _work(
+    worker: type[PoolWorker],
+    manifest: pa.Table | str,
+    missing: np.ndarray,
+    there: np.ndarray,
+    task: Task,
+    rows_per_shard: int | None,
+    on_progress: Progress | None,
+) -> int:
+    """Does the missing images of a manifest, here or on Ray. Returns the cores that were kept busy."""
+    compute, todo = task.cfg.compute, int(missing.sum())
+    here = todo <= compute.in_process and not (ray.is_initialized() or compute.address or os.environ.get("RAY_ADDRESS"))
+    with contextlib.nullcontext() if here else connected(compute):
+        actors = 1 if here else score_actors(compute)
+        rows = rows_per_shard or min(LARGEST_BLOCK, max(task.cfg.score.batch_size, math.ceil(todo / (actors * BLOCKS_PER_ACTOR))))
+        actors = min(actors, math.ceil(todo / rows))
+        task = dataclasses.replace(task, threads=max(1, (os.cpu_count() or 1 if here else _cores()) // actors))
+        if here:
+            _work_here(worker, manifest, missing, task, rows, on_progress)
+        else:
+            _stream(worker, _blocks(manifest, missing, there, rows), task, rows, actors, todo, on_progress)
+    return actors * task.threads
+
+
 def _among(keys: np.ndarray, of: np.ndarray) -> np.ndarray:
     """bool [n]: which keys are in a sorted array."""
     if not len(of):
@@ -175,10 +199,23 @@ def _among(keys: np.ndarray, of: np.ndarray) -> np.ndarray:
     return found
 
 
+def _work_here(
+    worker: type[PoolWorker], manifest: pa.Table | str, missing: np.ndarray, task: Task, rows: int, on_progress: Progress | None
+) -> None:
+    """A few images in this process, by the worker that actors would be."""
+    tally, threads = _Tally(int(missing.sum()), on_progress), torch.get_num_threads()
+    try:
+        work = worker(task)
+        table = _missing(manifest, missing)
+        for start in range(0, table.num_rows, rows):
+            tally.add(work(table.slice(start, rows)))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _stream(worker: type[PoolWorker], blocks: Dataset, task: Task, rows: int, actors: int, todo: int, on_progress: Progress | None) -> None:
     """Sends blocks through the actors and counts receipts. Raises RaysalError where images and rows don't come out even."""
-    counts = Counter({status: 0 for status in STATUSES})
-    compute = task.cfg.compute
+    tally, compute = _Tally(todo, on_progress), task.cfg.compute
     with _as_raysal_errors(), data_context():
         DataContext.get_current().raise_original_map_exception = True  # not a wrapper that loses its cause on the way
         receipts = blocks.map_batches(
@@ -193,28 +230,56 @@ def _stream(worker: type[PoolWorker], blocks: Dataset, task: Task, rows: int, ac
         # Closed by name: after an error in on_progress the traceback would keep the run going.
         batches: Any = iter(receipts.iter_batches(batch_size=None, batch_format="pyarrow"))
         with contextlib.closing(batches):
-            for receipt in (row for batch in batches for row in batch.to_pylist()):
-                if "error" in receipt:
-                    raise getattr(errors, receipt["error"], RaysalError)(receipt["message"])
-                counts.update({status: receipt[status] for status in STATUSES})
-                if on_progress is not None:
-                    on_progress(counts.total(), todo, dict(counts))
-    if counts.total() != todo:
-        raise RaysalError(f"{task.out_uri}: {todo} images went in and {counts.total()} rows came out; run the same command again")
+            for batch in batches:
+                tally.add(batch)
+    if tally.counts.total() != todo:
+        raise RaysalError(f"{task.out_uri}: {todo} images went in and {tally.counts.total()} rows came out; run the same command again")
+
+
+class _Tally:
+    """Adds up receipts and tells of them."""
+
+    def __init__(self, todo: int, on_progress: Progress | None) -> None:
+        self.todo, self.on_progress = todo, on_progress
+        self.counts = Counter({status: 0 for status in STATUSES})
+
+    def add(self, receipts: pa.Table) -> None:
+        """Raises the error that a receipt carries."""
+        for receipt in receipts.to_pylist():
+            if "error" in receipt:
+                raise getattr(errors, receipt["error"], RaysalError)(receipt["message"])
+            self.counts.update({status: receipt[status] for status in STATUSES})
+            if self.on_progress is not None:
+                self.on_progress(self.counts.total(), self.todo, dict(self.counts))
 
 
 def _blocks(manifest: pa.Table | str, missing: np.ndarray, there: np.ndarray, rows: int) -> Dataset:
     """The missing images of a manifest as blocks of `rows` rows, the last perhaps shorter."""
-    if isinstance(manifest, pa.Table):
-        table = manifest.filter(pa.array(missing))
+    if isinstance(manifest, pa.Table) or missing.sum() <= IN_MEMORY_ROWS:
+        table = _missing(manifest, missing)
         return ray.data.from_arrow([table.slice(start, rows) for start in range(0, table.num_rows, rows)])
     files = _parquet(manifest)
     source = ray.data.read_parquet(files.files, filesystem=None if is_local(manifest) else open_fs(manifest)[0])
-    columns = source.select_columns([c for c in COLUMNS if c in files.schema.names])
+    columns = source.select_columns(_columns(files))
     if len(there):
         done = ray.put(there)
         columns = columns.map_batches(lambda images: _without(images, ray.get(done)), batch_format="pyarrow", batch_size=None)
     return columns.repartition(target_num_rows_per_block=rows, strict=True)
+
+
+def _missing(manifest: pa.Table | str, missing: np.ndarray) -> pa.Table:
+    """Some rows of a manifest, in memory."""
+    if isinstance(manifest, pa.Table):
+        return manifest.filter(pa.array(missing))
+    parts, at, files = [], 0, _parquet(manifest)
+    for batch in files.to_batches(columns=_columns(files)):
+        parts.append(batch.filter(pa.array(missing[at : at + batch.num_rows])))
+        at += batch.num_rows
+    return pa.Table.from_batches(parts).combine_chunks()
+
+
+def _columns(manifest: pyarrow.dataset.Dataset) -> list[str]:
+    return [c for c in COLUMNS if c in manifest.schema.names]
 
 
 def _without(images: pa.Table, done: np.ndarray) -> pa.Table:
@@ -236,7 +301,7 @@ def _check_manifest(manifest: pa.Table | str) -> tuple[pa.Table | str, np.ndarra
     if isinstance(manifest, str) and total > IN_MEMORY_ROWS:
         wanted = np.concatenate([keys(batch["id"]) for batch in source.to_batches(columns=["id"])])
     else:
-        manifest = source.to_table(columns=[c for c in COLUMNS if c in columns]).combine_chunks()
+        manifest = source.to_table(columns=_columns(source)).combine_chunks()
         wanted = keys(manifest["id"])
     if twice := total - len(np.unique(wanted)):
         raise InputError(f"{name}: {twice} of {total} ids repeat; index the archive again so that each image is one row")

@@ -167,7 +167,7 @@ class PoolWorker:
         exclude = columns.get("exclude") or [None] * len(columns["id"])
         sources = [Source(i, uri, tuple(e or ())) for i, uri, e in zip(columns["id"], columns["uri"], exclude, strict=True)]
         shard = shard_name([s.id for s in sources], self.task.token)
-        with Attempt(join(self.task.out_uri, f"_attempt-{shard}.json")) as attempt:
+        with Attempt(join(self.task.out_uri, f"_attempt-{shard_name([s.id for s in sources], '')}.json")) as attempt:
             found = self._work(sources) if attempt.plain else self._work_carefully(sources, attempt)
             common = self.common()
             table = pa.Table.from_pylist([{**common, **row} for row in found], schema=self.task.schema)
