@@ -158,6 +158,7 @@ def score(
     out: Annotated[str, typer.Option(help="Folder for the scores table.")],
     retry_failed: RetryFailed = False,
     replace: Replace = False,
+    dry_run: DryRun = False,
     config: OptionalConfig = None,
     set_: Set = [],  # noqa: B006
     json_: Json = False,
@@ -167,10 +168,13 @@ def score(
     Example: raysal score runs/demo/rounds/002/checkpoint runs/demo/manifest.parquet --out runs/demo/scores
     """
     from raysal.rounds.single import open_manifest
-    from raysal.stream.score import score_pool
+    from raysal.stream.score import score_forecast, score_pool
 
     cfg, ui = load(config, set_), _ui(json_)
     table = open_manifest(manifest)
+    if dry_run:
+        found = score_forecast(table, checkpoint, out, cfg, retry_failed, replace)
+        return ui.result(found.to_dict(), str(found))
     with ui:
         summary = score_pool(table, checkpoint, out, cfg, on_progress=ui.progress, retry_failed=retry_failed, replace=replace)
     ui.result({"scores": out, **summary.to_dict()}, f"scores {out}: {summary}")
@@ -187,6 +191,7 @@ def label(
     retry_failed: RetryFailed = False,
     replace: Replace = False,
     watch: Annotated[float | None, typer.Option(min=1, help="Look for new images every so many seconds, until stopped.")] = None,
+    dry_run: DryRun = False,
     config: OptionalConfig = None,
     set_: Set = [],  # noqa: B006
     json_: Json = False,
@@ -195,10 +200,14 @@ def label(
 
     Example: raysal label runs/demo/checkpoint archive/images --out labels --precision 0.95
     """
-    from raysal.rounds.single import label_archive
+    from raysal.rounds.single import label_archive, open_manifest
+    from raysal.stream.label import label_forecast
 
     asked = [f"label.precision={precision}"] if precision is not None else []
     cfg, ui = load(config, [*asked, *set_]), _ui(json_)
+    if dry_run:
+        found = label_forecast(open_manifest(manifest), checkpoint, out, cfg, retry_failed, replace)
+        return ui.result(found.to_dict(), str(found))
     with ui:
         for summary in label_archive(manifest, checkpoint, out, cfg, ui.watcher(), retry_failed, replace, watch):
             ui.result({"labels": out, **summary.to_dict()}, f"labels {out}: {summary}")

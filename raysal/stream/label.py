@@ -19,6 +19,7 @@ from raysal.images.masks import encode_mask
 from raysal.labels import IGNORE
 from raysal.model.checkpoint import ModelInfo, read_info
 from raysal.model.metrics import ClassReliability
+from raysal.stream.forecast import Forecast, forecast
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
 
@@ -82,6 +83,15 @@ def label_pool(
     return summary
 
 
+def label_forecast(
+    manifest: pa.Table | str, checkpoint_uri: str, out_uri: str, cfg: Config, retry_failed: bool = False, replace: bool = False
+) -> Forecast:
+    """What `label_pool` would do and take; changes nothing. Arguments and errors as there."""
+    return forecast(
+        LabelImages, manifest, checkpoint_uri, out_uri, schema=labels_schema(), cfg=cfg, retry_failed=retry_failed, replace=replace
+    )
+
+
 def trust(checkpoint_uri: str, digest: str, cfg: Config) -> dict[str, Any]:
     """What `TRUST` says before any audit: what was measured on val, and the thresholds under which pixels abstain."""
     info = read_info(checkpoint_uri)
@@ -95,9 +105,7 @@ def calibration(info: ModelInfo, name: str) -> ClassReliability:
     """How often each class's pixels were right on val, by confidence. Raises InputError where the checkpoint does not say."""
     counts = (info.parents.get("metrics") or {}).get("reliability")
     if counts is None:
-        raise InputError(
-            f"{name}: label.precision needs a checkpoint that was measured on val; train with a val split, or leave precision out"
-        )
+        raise InputError(f"{name}: was never measured on val, so no precision can be promised; train with a val split, or leave it out")
     return ClassReliability.of(counts)
 
 

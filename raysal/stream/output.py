@@ -79,6 +79,9 @@ class Held:
         return dict(zip(STATUSES, np.bincount(self.status, minlength=len(STATUSES)).tolist(), strict=True))
 
 
+EMPTY = Held((), np.empty(0, np.uint64), np.empty(0, np.int8), np.empty(0, np.int64), np.empty(0, np.int32))
+
+
 class Output:
     """A folder of shards.
 
@@ -101,15 +104,8 @@ class Output:
         Raises:
             InputError: The folder holds anything that no run wrote, or rows of another model or configuration.
         """
-        names = list_names(self.uri)
-        if others := [n for n in names if not OURS.match(n)]:
-            raise InputError(
-                f"{self.uri}: holds {', '.join(others[:3])}, which is no output of scoring or labeling; name an empty or new folder"
-            )
-        known = json.loads(read_bytes(join(self.uri, RUN))) if RUN in names else {}
-        if names and {k: v for k, v in known.items() if k != "token"} != self.identity:
-            if not replace:
-                raise InputError(f"{self.uri}: {self._difference(known)}; name another folder, or drop its rows with --replace")
+        if not self.mine(replace):
+            names = list_names(self.uri)
             # The marker first: a run that dies here must not leave it beside half an output. What says whose the rest is goes last.
             for name in sorted(names, key=lambda n: (n != SUCCESS, n == RUN)):
                 remove_tree(join(self.uri, name))
@@ -117,9 +113,23 @@ class Output:
         write_bytes(join(self.uri, RUN), json.dumps(self.identity | {"token": token}, indent=1).encode())
         return token
 
+    def mine(self, replace: bool) -> bool:
+        """Whether what the folder holds, if anything, is of this model and configuration. Changes nothing; raises as `claim` does."""
+        names = list_names(self.uri)
+        if others := [n for n in names if not OURS.match(n)]:
+            raise InputError(
+                f"{self.uri}: holds {', '.join(others[:3])}, which is no output of scoring or labeling; name an empty or new folder"
+            )
+        known = json.loads(read_bytes(join(self.uri, RUN))) if RUN in names else {}
+        if not names or {k: v for k, v in known.items() if k != "token"} == self.identity:
+            return True
+        if not replace:
+            raise InputError(f"{self.uri}: {self._difference(known)}; name another folder, or drop its rows with --replace")
+        return False
+
     def held(self) -> Held:
         """What the shards hold, every id once: of two rows the newer stays. Raises InputError where a shard can't be read."""
-        found = self._read()
+        found = self.read()
         order = np.lexsort((found.shard, -found.time, found.key))
         again = order[1:][found.key[order][1:] == found.key[order][:-1]]  # all but the first row of each key
         if not len(again):
@@ -127,7 +137,7 @@ class Output:
         for shard in np.unique(found.shard[again]):
             mine = np.flatnonzero(found.shard == shard)
             self._shrink(found.shards[shard], ~np.isin(mine, again))
-        return self._read()
+        return self.read()
 
     def open(self) -> None:
         """Takes the marker away: from here on the folder is unfinished."""
@@ -155,7 +165,8 @@ class Output:
         table = read_table(join(self.uri, shard), ["id", "uri", "status", "error"])
         return table.filter(pc.not_equal(table["status"], "ok")).replace_schema_metadata()
 
-    def _read(self) -> Held:
+    def read(self) -> Held:
+        """As `held`, and changes nothing: an id may have two rows."""
         shards = tuple(n for n in list_names(self.uri) if SHARD.match(n))
         known = self._known(shards)
         seen = {shards[i] for i in np.unique(known[3])}
@@ -168,7 +179,7 @@ class Output:
         """The rows of shards that were there when the last run ended; shards never change."""
         place = {name: i for i, name in enumerate(shards)}
         if not exists(join(self.uri, INDEX)):
-            return np.empty(0, np.uint64), np.empty(0, np.int8), np.empty(0, np.int64), np.empty(0, np.int32)
+            return EMPTY.key, EMPTY.status, EMPTY.time, EMPTY.shard
         table = read_table(join(self.uri, INDEX))
         names = table["shard"].combine_chunks().dictionary_encode() if table.num_rows else None
         there = np.array([place.get(n, -1) for n in (names.dictionary.to_pylist() if names is not None else [])], np.int32)

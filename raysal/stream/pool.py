@@ -29,12 +29,13 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
-from raysal.archive.uris import absolute, exists, is_local, join, open_fs, read_bytes
+from raysal.archive.uris import exists, is_local, join, open_fs, read_bytes
 from raysal.cluster import connected, data_context, score_actors
-from raysal.config import Config, digest_of
-from raysal.errors import InputError, RaysalError
-from raysal.model.checkpoint import digest_at
-from raysal.stream.output import SUCCESS, Output, keys
+from raysal.config import Config
+from raysal.errors import RaysalError
+from raysal.stream import job as jobs
+from raysal.stream.job import among, columns_of, missing_rows, open_parquet, prepare
+from raysal.stream.output import SUCCESS, keys
 from raysal.stream.worker import STATUSES, PoolWorker, Task
 
 BLOCKS_PER_ACTOR = 16
@@ -42,12 +43,6 @@ BLOCKS_PER_ACTOR = 16
 
 LARGEST_BLOCK = 256
 """Rows of a block, and of a shard, in a large archive; what one death costs at most."""
-
-IN_MEMORY_ROWS = 1_000_000
-"""Manifests up to this are read at once (about 150 MB): no processes for reading have to start. Longer ones are streamed."""
-
-COLUMNS = ("id", "uri", "exclude")
-"""All that is read of a manifest."""
 
 Progress = Callable[[int, int, dict[str, int]], None]
 """Called as on_progress(images done, images in all, counts by status) after each block, on the caller's thread."""
@@ -122,41 +117,34 @@ def run_pool(
         RaysalError: The run broke down.
     """
     started = time.perf_counter()
-    manifest, wanted = _check_manifest(manifest)
-    checkpoint_uri, out_uri = absolute(checkpoint_uri), absolute(out_uri)
-    digest = digest_at(checkpoint_uri)
-    bonus = None if class_bonus is None else tuple(class_bonus)
-    decides = digest_of([cfg.digest(), schema.names, bonus])
-    output = Output(out_uri, schema, {"kind": worker.__name__, "model_digest": digest, "config_digest": decides})
-    token = output.claim(replace)
-    held = output.held()
-    there = np.sort(held.key[held.good] if retry_failed else held.key)
-    missing = ~_among(wanted, there)
+    job = prepare(worker, manifest, checkpoint_uri, out_uri, schema, cfg, class_bonus)
+    token = job.output.claim(replace)
+    held = job.output.held()
+    missing, there = job.missing(held, retry_failed)
     todo, cores = int(missing.sum()), 0
     if todo:
-        output.open()
-        device = "cuda" if cfg.compute.use_gpu else "cpu"
-        task = Task(cfg, checkpoint_uri, digest, out_uri, schema, device, 1, token, bonus)
-        cores = _work(worker, manifest, missing, there, task, rows_per_shard, on_progress)
-        held = output.held()
-    if absent := int((~_among(wanted, np.sort(held.key))).sum()):
+        job.output.open()
+        task = dataclasses.replace(job.task, token=token)
+        cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress)
+        held = job.output.held()
+    if absent := int(job.missing(held, False)[0].sum()):
         raise RaysalError(
-            f"{out_uri}: {absent} of {len(wanted)} images have no row at the end; was the folder changed? Run the command again"
+            f"{out_uri}: {absent} of {len(job.wanted)} images have no row at the end; was the folder changed? Run the command again"
         )
     seconds = time.perf_counter() - started
     summary = Summary(
-        rows=len(wanted),
+        rows=len(job.wanted),
         done=todo,
-        others=len(held.key) - len(wanted),
+        others=len(held.key) - len(job.wanted),
         counts=held.counts(),
-        model_digest=digest,
+        model_digest=job.task.model_digest,
         config_digest=cfg.digest(),
         seconds=seconds,
         images_per_second=todo / seconds,
         core_seconds=seconds * cores,
     )
     if todo or finished_by(out_uri) is None:
-        output.commit(summary.to_dict(), held)
+        job.output.commit(summary.to_dict(), held)
     return summary
 
 
@@ -191,14 +179,6 @@ def _work(
     return actors * task.threads
 
 
-def _among(keys: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """bool [n]: which keys are in a sorted array."""
-    if not len(of):
-        return np.zeros(len(keys), bool)
-    found: np.ndarray = of[np.minimum(np.searchsorted(of, keys), len(of) - 1)] == keys
-    return found
-
-
 def _work_here(
     worker: type[PoolWorker], manifest: pa.Table | str, missing: np.ndarray, task: Task, rows: int, on_progress: Progress | None
 ) -> None:
@@ -206,7 +186,7 @@ def _work_here(
     tally, threads = _Tally(int(missing.sum()), on_progress), torch.get_num_threads()
     try:
         work = worker(task)
-        table = _missing(manifest, missing)
+        table = missing_rows(manifest, missing)
         for start in range(0, table.num_rows, rows):
             tally.add(work(table.slice(start, rows)))
     finally:
@@ -255,65 +235,20 @@ class _Tally:
 
 def _blocks(manifest: pa.Table | str, missing: np.ndarray, there: np.ndarray, rows: int) -> Dataset:
     """The missing images of a manifest as blocks of `rows` rows, the last perhaps shorter."""
-    if isinstance(manifest, pa.Table) or missing.sum() <= IN_MEMORY_ROWS:
-        table = _missing(manifest, missing)
+    if isinstance(manifest, pa.Table) or missing.sum() <= jobs.IN_MEMORY_ROWS:
+        table = missing_rows(manifest, missing)
         return ray.data.from_arrow([table.slice(start, rows) for start in range(0, table.num_rows, rows)])
-    files = _parquet(manifest)
+    files = open_parquet(manifest)
     source = ray.data.read_parquet(files.files, filesystem=None if is_local(manifest) else open_fs(manifest)[0])
-    columns = source.select_columns(_columns(files))
+    columns = source.select_columns(columns_of(files))
     if len(there):
         done = ray.put(there)
         columns = columns.map_batches(lambda images: _without(images, ray.get(done)), batch_format="pyarrow", batch_size=None)
     return columns.repartition(target_num_rows_per_block=rows, strict=True)
 
 
-def _missing(manifest: pa.Table | str, missing: np.ndarray) -> pa.Table:
-    """Some rows of a manifest, in memory."""
-    if isinstance(manifest, pa.Table):
-        return manifest.filter(pa.array(missing))
-    parts, at, files = [], 0, _parquet(manifest)
-    for batch in files.to_batches(columns=_columns(files)):
-        parts.append(batch.filter(pa.array(missing[at : at + batch.num_rows])))
-        at += batch.num_rows
-    return pa.Table.from_batches(parts).combine_chunks()
-
-
-def _columns(manifest: pyarrow.dataset.Dataset) -> list[str]:
-    return [c for c in COLUMNS if c in manifest.schema.names]
-
-
 def _without(images: pa.Table, done: np.ndarray) -> pa.Table:
-    return images.filter(pa.array(~_among(keys(images["id"]), done)))
-
-
-def _check_manifest(manifest: pa.Table | str) -> tuple[pa.Table | str, np.ndarray]:
-    """The columns of a manifest that are needed, in memory where it is not too long, and the key of each of its rows.
-
-    Raises:
-        InputError: It can't be used.
-    """
-    source = _parquet(manifest) if isinstance(manifest, str) else pyarrow.dataset.dataset(manifest)
-    name, columns, total = manifest if isinstance(manifest, str) else "manifest", source.schema.names, source.count_rows()
-    if missing := [c for c in COLUMNS[:2] if c not in columns]:
-        raise InputError(f"{name}: no column {', '.join(missing)}, it has {', '.join(columns)}; give a manifest, or a table with both")
-    if not total:
-        raise InputError(f"{name}: holds no images; index an archive first")
-    if isinstance(manifest, str) and total > IN_MEMORY_ROWS:
-        wanted = np.concatenate([keys(batch["id"]) for batch in source.to_batches(columns=["id"])])
-    else:
-        manifest = source.to_table(columns=_columns(source)).combine_chunks()
-        wanted = keys(manifest["id"])
-    if twice := total - len(np.unique(wanted)):
-        raise InputError(f"{name}: {twice} of {total} ids repeat; index the archive again so that each image is one row")
-    return manifest, wanted
-
-
-def _parquet(uri: str) -> pyarrow.dataset.Dataset:
-    fs, path = open_fs(uri)
-    try:
-        return pyarrow.dataset.dataset(path, format="parquet", filesystem=fs)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{uri}: no manifest there ({error}); give a .parquet file or a folder of them") from error
+    return images.filter(pa.array(~among(keys(images["id"]), done)))
 
 
 @contextlib.contextmanager

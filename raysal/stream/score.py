@@ -16,6 +16,7 @@ from raysal.config import Config
 from raysal.errors import ConfigError, InputError
 from raysal.model.checkpoint import read_info
 from raysal.query.scores import Bald, score_columns, score_images
+from raysal.stream.forecast import Forecast, forecast
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
 
@@ -57,19 +58,13 @@ def score_pool(
         InputError: Manifest, checkpoint, configuration, output folder or cluster can't be used; found before any long work.
         RaysalError: The run broke down.
     """
-    if cfg.score.class_bonus and class_bonus is None and cfg.score.scores:  # without scores: for the embeddings alone
-        raise ConfigError("score.class_bonus is on, but the labelled images per class are not known here; turn it off or give class_bonus")
-    names = score_columns(cfg.score, cfg.query.strategy)
-    classes = read_info(checkpoint_uri).label_set.n_classes
-    if class_bonus is not None and len(class_bonus) != classes:
-        raise InputError(f"class_bonus has {len(class_bonus)} values, the model of {checkpoint_uri} {classes} classes; give one a class")
-    cfg = cfg.model_copy(update={"score": cfg.score.model_copy(update={"scores": names})})
+    cfg, schema = _settle(cfg, checkpoint_uri, class_bonus)
     return run_pool(
         ScoreImages,
         manifest,
         checkpoint_uri,
         out_uri,
-        schema=scores_schema(names, cfg.score.embedding_dim),
+        schema=schema,
         cfg=cfg,
         on_progress=on_progress,
         class_bonus=None if class_bonus is None else [float(w) for w in class_bonus],
@@ -77,6 +72,26 @@ def score_pool(
         retry_failed=retry_failed,
         replace=replace,
     )
+
+
+def score_forecast(
+    manifest: pa.Table | str, checkpoint_uri: str, out_uri: str, cfg: Config, retry_failed: bool = False, replace: bool = False
+) -> Forecast:
+    """What `score_pool` would do and take; changes nothing. Arguments and errors as there."""
+    cfg, schema = _settle(cfg, checkpoint_uri, None)
+    return forecast(ScoreImages, manifest, checkpoint_uri, out_uri, schema=schema, cfg=cfg, retry_failed=retry_failed, replace=replace)
+
+
+def _settle(cfg: Config, checkpoint_uri: str, class_bonus: Sequence[float] | np.ndarray | None) -> tuple[Config, pa.Schema]:
+    """The configuration with the columns that a query needs, and the table that they make."""
+    if cfg.score.class_bonus and class_bonus is None and cfg.score.scores:  # without scores: for the embeddings alone
+        raise ConfigError("score.class_bonus is on, but the labelled images per class are not known here; turn it off or give class_bonus")
+    names = score_columns(cfg.score, cfg.query.strategy)
+    classes = read_info(checkpoint_uri).label_set.n_classes
+    if class_bonus is not None and len(class_bonus) != classes:
+        raise InputError(f"class_bonus has {len(class_bonus)} values, the model of {checkpoint_uri} {classes} classes; give one a class")
+    cfg = cfg.model_copy(update={"score": cfg.score.model_copy(update={"scores": names})})
+    return cfg, scores_schema(names, cfg.score.embedding_dim)
 
 
 class ScoreImages(PoolWorker):
