@@ -21,19 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 from common import Claim, options, write
+from parts.scenes import ENCODER, manifest, scenes, untrained
 from ray.cluster_utils import Cluster
 
-from raysal.archive.tables import manifest_schema, read_table, write_table
-from raysal.config import ModelConfig
-from raysal.datasets.synthetic import write_archive
-from raysal.labels import S5MARS
-from raysal.model.checkpoint import ModelInfo, save
-from raysal.model.network import TwoBranch
+from raysal.archive.tables import read_table
 
 KINDS = ("driver", "actor", "node")
-ENCODER = "tu-mobilenetv3_small_100"
 
 
 class Killer:
@@ -108,17 +102,6 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
-def archive(folder: Path, images: int, px: int) -> tuple[str, str]:
-    """Synthetic scenes with their manifest, and an untrained model. Returns their places."""
-    write_archive(str(folder / "archive"), images, 1, px, 0)
-    files = sorted((folder / "archive" / "images").iterdir())[:images]
-    rows = [{"id": f"{i:032x}", "uri": str(file)} for i, file in enumerate(files)]
-    write_table(str(folder / "manifest.parquet"), pa.Table.from_pylist(rows, schema=manifest_schema()))
-    model = ModelConfig(encoder=ENCODER)
-    save(str(folder / "checkpoint"), TwoBranch(model, S5MARS.n_classes, 0), ModelInfo(S5MARS, model, 1.0, px))
-    return str(folder / "checkpoint"), str(folder / "manifest.parquet")
-
-
 def masks(folder: Path) -> dict[str, tuple]:
     """By id: status, mask and digest of the source. Raises AssertionError where an id has two rows."""
     rows = read_table(str(folder), ["id", "status", "mask_png", "source_sha256"]).to_pylist()
@@ -136,11 +119,14 @@ def main() -> None:
     images, kills = (120, 3) if args.quick else (args.images, args.kills)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        checkpoint, manifest = archive(scratch, images, 128)
+        checkpoint, place = (
+            untrained(scratch / "checkpoint", 128),
+            manifest(scratch / "manifest.parquet", scenes(scratch / "archive", images, 128)),
+        )
         settings = ["--set", "compute.score_actors=2", "--set", "score.batch_size=4"]
-        alone = ["label", checkpoint, manifest, "--out", str(scratch / "alone"), *settings]
+        alone = ["label", checkpoint, place, "--out", str(scratch / "alone"), *settings]
         subprocess.run([sys.executable, "-m", "raysal", *alone], check=True, stdout=subprocess.DEVNULL)
-        killer = Killer(["label", checkpoint, manifest, "--out", str(scratch / "killed"), *settings], scratch / "killed", args.seed)
+        killer = Killer(["label", checkpoint, place, "--out", str(scratch / "killed"), *settings], scratch / "killed", args.seed)
         try:
             plan = [*KINDS, *(killer.random.choice(KINDS) for _ in range(kills - len(KINDS)))]
             killer.random.shuffle(plan)

@@ -17,8 +17,9 @@ from raysal.rounds.estimate import Estimate, estimate
 from tests.helpers import tiny
 
 PLAN = Estimate(
-    pool=1017, val=200, unlabeled=1500, budget=32, share_of_pool=32 / 1017, labels=(16, 24, 32), audit=30, trainings=3, steps=400, final_steps=800,
-    evaluations=8, scorings=2, starts=7, train_step_s=0.2137, images_per_second=61.3, score_images_per_second=30.65, warnings=("odd",),
+    pool=1017, val=200, unlabeled=1500, budget=32, share_of_pool=32 / 1017, labels=(16, 24, 32), audit=30, trainings=3, steps=400,
+    final_steps=800, evaluations=8, scorings=2, starts=7, train_step_s=0.2137, images_per_second=61.3, score_images_per_second=30.65,
+    warnings=("odd",),
 )  # fmt: skip
 PART = re.compile(r"^(.*) = ([\d.]+) (s|min|h)$", re.MULTILINE)
 
