@@ -3,7 +3,7 @@
 A folder belongs to one model and one configuration (``_RUN.json``) and grows by runs. A shard is written whole or not at all, so the
 shards that are there are what is done, whatever became of the runs that wrote them. Where an id has two rows (an image that was tried
 again, a process that outlived its run), the newest stays. ``_SUCCESS`` is written last; images that failed are listed once more in
-``_failed.parquet``, which is a manifest.
+``_failed.pq``, which is a manifest.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from raysal.stream.worker import RUN, STATUSES, shard_name
 SUCCESS = "_SUCCESS"
 """Written last: a folder without it is not a whole output."""
 
-FAILED = "_failed.parquet"
-"""The images whose status is not ok, with the reason; to be looked at, mended, and fed back."""
+FAILED = "_failed.pq"
+"""The images whose status is not ok, with the reason; to be looked at, mended, and fed back. Parquet, but not for who reads *.parquet."""
 
-INDEX = "_rows.parquet"
+INDEX = "_rows.pq"
 """What the shards of the last whole output hold, so that a run that adds a few images need not look into all of them."""
 
 SHARD = re.compile(r"part-[0-9a-f]{24}\.parquet$")
 OURS = re.compile(
-    r"part-[0-9a-f]{24}\.parquet|_SUCCESS|_RUN\.json|_failed\.parquet|_rows\.parquet|_trust\.json|_attempt-part-[0-9a-f]{24}\.parquet\.json"
+    r"part-[0-9a-f]{24}\.parquet|_SUCCESS|_RUN\.json|_failed\.pq|_rows\.pq|_trust\.json|_attempt-part-[0-9a-f]{24}\.parquet\.json"
 )
 """Names of the files that a run leaves in its folder, and may delete there; temporary names continue them."""
 

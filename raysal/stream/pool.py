@@ -175,7 +175,7 @@ def _work(
         if here:
             _work_here(worker, manifest, missing, task, rows, on_progress)
         else:
-            _stream(worker, _blocks(manifest, missing, there, rows), task, rows, actors, todo, on_progress)
+            _stream(worker, lambda: _blocks(manifest, missing, there, rows), task, rows, actors, todo, on_progress)
     return actors * task.threads
 
 
@@ -193,12 +193,20 @@ def _work_here(
         torch.set_num_threads(threads)
 
 
-def _stream(worker: type[PoolWorker], blocks: Dataset, task: Task, rows: int, actors: int, todo: int, on_progress: Progress | None) -> None:
+def _stream(
+    worker: type[PoolWorker],
+    blocks: Callable[[], Dataset],
+    task: Task,
+    rows: int,
+    actors: int,
+    todo: int,
+    on_progress: Progress | None,
+) -> None:
     """Sends blocks through the actors and counts receipts. Raises RaysalError where images and rows don't come out even."""
     tally, compute = _Tally(todo, on_progress), task.cfg.compute
     with _as_raysal_errors(), data_context():
         DataContext.get_current().raise_original_map_exception = True  # not a wrapper that loses its cause on the way
-        receipts = blocks.map_batches(
+        receipts = blocks().map_batches(  # made here: a data set keeps the context it was made in
             worker,
             fn_constructor_kwargs={"task": task},
             batch_size=rows,

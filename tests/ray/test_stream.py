@@ -43,7 +43,7 @@ def test_the_summary_is_left_beside_the_shards(scored, checkpoint: str) -> None:
     assert summary.counts == {"ok": 42, "fetch": 0, "decode": 0, "limit": 0, "model": 0}
     assert [call[:2] for call in calls] == [(42, 42)]
     assert (summary.done, summary.others) == (42, 0)
-    assert sorted(p.name for p in out.iterdir() if not p.name.startswith("part-")) == ["_RUN.json", "_SUCCESS", "_rows.parquet"]
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith("part-")) == ["_RUN.json", "_SUCCESS", "_rows.pq"]
 
 
 @pytest.mark.parametrize(("shards", "batch_size", "actors"), [(3, 1, 2), (7, 8, 1)])
@@ -56,7 +56,7 @@ def test_shards_order_and_batches_change_no_score(  # type: ignore[no-untyped-de
     cfg = cfg.model_copy(update={"score": cfg.score.model_copy(update={"batch_size": batch_size})})
     dones: list[int] = []
     score_pool(shuffled, checkpoint, str(tmp_path / "out"), cfg, None, lambda done, *_: dones.append(done), -(-42 // shards))
-    assert len(list((tmp_path / "out").glob("*.parquet"))) == shards
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == shards
     assert len(dones) == shards
     assert dones == sorted(dones)
     assert dones[-1] == 42
@@ -72,7 +72,7 @@ def test_a_manifest_too_long_for_memory_is_streamed_to_the_same_scores(  # type:
     monkeypatch.setattr(job, "IN_MEMORY_ROWS", 10)
     out = tmp_path / "out"
     score_pool(str(tmp_path / "manifest"), checkpoint, str(out), configured(), rows_per_shard=9)
-    assert sorted(read_table(str(p)).num_rows for p in out.glob("*.parquet")) == [6, 9, 9, 9, 9]
+    assert sorted(read_table(str(p)).num_rows for p in out.glob("part-*.parquet")) == [6, 9, 9, 9, 9]
     assert_same_scores(scored[0], by_id(out))
 
 
