@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -145,6 +144,6 @@ def test_new_images_are_labelled_while_a_place_is_watched(place: Path, tmp_path:
                 time.sleep(0.1)
         assert psutil.Process(process.pid).is_running()
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         said, _ = process.communicate(timeout=60)
     assert said.count("1 of ") == 3
