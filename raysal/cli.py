@@ -144,34 +144,73 @@ def audit(
     ui.result(result, lambda: print(_audited(result), flush=True))
 
 
+Manifest = Annotated[
+    str, typer.Argument(help="Folder of images, or any Parquet with id and uri: a manifest, also scores or labels that are fed back.")
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also do images again that failed before.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Drop rows that another model or configuration left in --out.")]
+
+
 @app.command()
 def score(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder (any fsspec URI).")],
-    manifest: Annotated[
-        str, typer.Argument(help="Folder of images, or any Parquet with id and uri: a manifest, also scores or labels that are fed back.")
-    ],
+    manifest: Manifest,
     out: Annotated[str, typer.Option(help="Folder for the scores table.")],
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    dry_run: DryRun = False,
     config: OptionalConfig = None,
     set_: Set = [],  # noqa: B006
     json_: Json = False,
 ) -> None:
-    """Streams images through both branches and writes one row of scores an image.
+    """Streams images through both branches and writes one row of scores an image. A second run does only new images.
 
     Example: raysal score runs/demo/rounds/002/checkpoint runs/demo/manifest.parquet --out runs/demo/scores
     """
-    from raysal.cluster import connected
     from raysal.rounds.single import open_manifest
-    from raysal.stream.score import score_pool
+    from raysal.stream.score import score_forecast, score_pool
 
     cfg, ui = load(config, set_), _ui(json_)
     table = open_manifest(manifest)
-    with ui, connected(cfg.compute):
-        summary = score_pool(table, checkpoint, out, cfg, on_progress=ui.progress)
-    counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.counts.items()))
-    ui.result(
-        {"scores": out, "counts": summary.counts, "images_per_second": summary.images_per_second},
-        f"scores {out}: {counts}; {summary.images_per_second:.1f} images/s",
-    )
+    if dry_run:
+        found = score_forecast(table, checkpoint, out, cfg, retry_failed, replace)
+        return ui.result(found.to_dict(), str(found))
+    with ui:
+        summary = score_pool(table, checkpoint, out, cfg, on_progress=ui.progress, retry_failed=retry_failed, replace=replace)
+    ui.result({"scores": out, **summary.to_dict()}, f"scores {out}: {summary}")
+
+
+@app.command()
+def label(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder (any fsspec URI).")],
+    manifest: Manifest,
+    out: Annotated[str, typer.Option(help="Folder for the masks.")],
+    precision: Annotated[
+        float | None, typer.Option(help="Pixels of which val does not promise this share of right ones abstain (255), for example 0.95.")
+    ] = None,
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    watch: Annotated[float | None, typer.Option(min=1, help="Look for new images every so many seconds, until stopped.")] = None,
+    dry_run: DryRun = False,
+    config: OptionalConfig = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Masks for every image of an archive. A second run labels only new images.
+
+    Example: raysal label runs/demo/checkpoint archive/images --out labels --precision 0.95
+    """
+    from raysal.rounds.single import label_archive, open_manifest
+    from raysal.stream.label import label_forecast
+
+    asked = [f"label.precision={precision}"] if precision is not None else []
+    cfg, ui = load(config, [*asked, *set_]), _ui(json_)
+    if dry_run:
+        found = label_forecast(open_manifest(manifest), checkpoint, out, cfg, retry_failed, replace)
+        return ui.result(found.to_dict(), str(found))
+    with ui:
+        for summary in label_archive(manifest, checkpoint, out, cfg, ui.watcher(), retry_failed, replace, watch):
+            ui.result({"labels": out, **summary.to_dict()}, f"labels {out}: {summary}")
 
 
 @app.command()

@@ -181,6 +181,13 @@ class ScoreConfig(Section):
     batch_size: Positive = 8  # images of one size per forward pass
 
 
+class LabelConfig(Section):
+    """How an archive's masks are made."""
+
+    # Pixels of which val does not promise this share of right ones, by class, abstain (255); null keeps all.
+    precision: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
 class QueryConfig(Section):
     """What to ask experts for next."""
 
@@ -222,6 +229,7 @@ class ComputeConfig(Section):
     threads: Count = 0  # torch threads per train worker; 0: the node's cores / workers
     loader_workers: Count = 0  # processes that decode labelled images per train worker
     max_failures: Annotated[int, Field(ge=-1)] = 3  # times a dead train worker is replaced; -1: for ever
+    in_process: Count = 500  # images of scoring and labeling that need no Ray: starting it takes longer; not used where an address is given
     score_actors: Count = 0  # model actors; 0: one per core (per GPU with use_gpu)
     cpus_per_actor: PositiveFloat = 0.5  # under 1, so that read tasks always find a slot
     ingest_tasks: Count = 0  # tasks that decode unlabelled images at once; 0: a quarter of the cluster's logical CPUs
@@ -243,6 +251,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
+    label: LabelConfig = LabelConfig()
     query: QueryConfig = QueryConfig()
     loop: LoopConfig = LoopConfig()
     compute: ComputeConfig = ComputeConfig()

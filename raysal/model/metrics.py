@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,6 +110,13 @@ class ClassReliability:
     def __init__(self, n_classes: int, n_bins: int = 100) -> None:
         self.counts = torch.zeros(2, n_classes, n_bins, dtype=torch.int64)
 
+    @classmethod
+    def of(cls, counts: Sequence[Sequence[Sequence[int]]]) -> ClassReliability:
+        """From its counts, as an evaluation keeps them."""
+        made = cls(0)
+        made.counts = torch.tensor(counts, dtype=torch.int64)
+        return made
+
     def add(self, predicted_BHW: Any, confidence_BHW: Any, truth_BHW: Any) -> None:
         """Adds a batch: class ids and their probability [B, H, W], truth [B, H, W] with 255 = ignored."""
         truth = torch.as_tensor(truth_BHW)
@@ -136,6 +144,20 @@ class ClassReliability:
         kept, n_bins = self.kept(), self.counts.shape[2]
         bins = [None if t is None else round(t * n_bins) for t in thresholds]
         return [(0, 0) if b is None else (int(kept[0, c, b]), int(kept[1, c, b])) for c, b in enumerate(bins)]
+
+    def reaches(self, predicted: np.ndarray, confidence: np.ndarray, thresholds: Sequence[float | None]) -> np.ndarray:
+        """Which pixels keep their class: bool of the same shape. A class without a threshold keeps none.
+
+        Args:
+            predicted: uint8, class ids.
+            confidence: float32, their probability.
+            thresholds: By class, as `thresholds` gives them.
+        """
+        n_bins = self.counts.shape[2]
+        least_C = np.array([n_bins + 1 if t is None else round(t * n_bins) for t in thresholds])
+        bins = np.minimum((confidence.astype(np.float64) * n_bins).astype(np.int64), n_bins - 1)
+        kept: np.ndarray = bins >= least_C[predicted]
+        return kept
 
     def to_dict(self, classes: Sequence[str], precisions: Sequence[float] = PRECISIONS) -> list[dict[str, Any]]:
         """JSON-able, one entry a precision: each class's threshold, the precision and the share of its pixels that are kept there."""

@@ -34,6 +34,7 @@ class Estimate:
 
     Attributes:
         labels: Labels after each round, round 0 first.
+        audit: Random labels asked for at the end and never learnt from, beyond the budget.
         trainings, steps: One training a round, and its steps.
         final_steps: Of one more training after the last round, 0 where there is none.
         evaluations: On the val split, over all trainings.
@@ -46,6 +47,7 @@ class Estimate:
     budget: int
     share_of_pool: float
     labels: tuple[int, ...]
+    audit: int
     trainings: int
     steps: int
     final_steps: int
@@ -107,6 +109,7 @@ class Estimate:
                 f"pool {self.pool} images, val {self.val}, unlabelled in the first round {self.unlabeled}",
                 f"labels {self.budget} = {100 * self.share_of_pool:.2f}% of the pool",
                 "labels after each round: " + ", ".join(f"round {i}: {n}" for i, n in enumerate(self.labels)),
+                *([f"{self.audit} more random labels at the end, for the audit alone"] if self.audit else []),
                 *(f"{what} = {amount:.1f} {unit}" for (what, _), amount in zip(parts, shown, strict=True)),
                 f"about {sum(shown):.1f} {unit} in all; nothing was changed",
             ]
@@ -140,6 +143,7 @@ def estimate(cfg: Config) -> Estimate:
         budget=cfg.budget,
         share_of_pool=cfg.budget / n_pool,
         labels=tuple(loop.initial + r * loop.per_round for r in range(trainings)),
+        audit=loop.audit,
         trainings=trainings,
         steps=train.steps,
         final_steps=final,

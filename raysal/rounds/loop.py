@@ -189,7 +189,7 @@ class _Loop:
         checkpoint.save(initial, TwoBranch(cfg.model, self.dataset.label_set.n_classes, cfg.seed), model_info(plan))
         score = cfg.score.model_copy(update={"scores": (), "embedding_dim": cfg.score.embedding_dim or 128})
         only = cfg.model_copy(update={"score": score, "query": cfg.query.model_copy(update={"strategy": "random"})})
-        score_pool(manifest_of(self.pool), initial, join(folder, "embeddings"), only, on_progress=self.watcher.on_progress)
+        score_pool(manifest_of(self.pool), initial, join(folder, "embeddings"), only, on_progress=self.watcher.on_progress, replace=True)
         return read_table(join(folder, "embeddings"), ["id", "uri", "status", "embedding"])
 
     def _buy(self, round_: int, ids: Sequence[str], folder: str) -> dict:
@@ -238,7 +238,7 @@ class _Loop:
             counts = np.array([row for table in bought for row in table["class_pixels"].to_pylist()])
             bonus = rarity_bonus((counts > 0).sum(0))
         summary = score_pool(
-            manifest_of(rest), join(folder, name), join(folder, "scores"), self.cfg, class_bonus=bonus, on_progress=self.watcher.on_progress
+            manifest_of(rest), join(folder, name), join(folder, "scores"), self.cfg, bonus, self.watcher.on_progress, replace=True
         )
         table = read_table(join(folder, "scores"))
         rest = table.take(pa.array(offered(table["id"].to_pylist(), table["status"].to_pylist(), have)))
@@ -278,8 +278,8 @@ class _Loop:
             self.ledger.forget(round_, "label")  # one folder for all ends that a run had: another end's masks may lie there
 
         def label(_: str) -> dict:
-            remove_tree(outcome.labels)
-            summary = label_pool(manifest_of(self.pool), outcome.checkpoint, outcome.labels, self.cfg, on_progress=self.watcher.on_progress)
+            progress = self.watcher.on_progress
+            summary = label_pool(manifest_of(self.pool), outcome.checkpoint, outcome.labels, self.cfg, progress, replace=True)
             return {"counts": summary.counts, "images_per_second": summary.images_per_second}
 
         self.ledger.stage(round_, "label", label)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +17,7 @@ from raysal.archive.uris import absolute, exists, join, list_names, open_fs, rea
 from raysal.config import Config, digest_of
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check, class_pixels
-from raysal.errors import DataError, ImageError, InputError
+from raysal.errors import CheckpointError, ConfigError, DataError, ImageError, InputError, RaysalError
 from raysal.model import checkpoint
 from raysal.model.runtime import Predictor
 from raysal.rounds.audit import audit, draw
@@ -24,6 +25,8 @@ from raysal.rounds.choose import choose
 from raysal.rounds.ledger import Ledger, write_json
 from raysal.rounds.loop import Watcher
 from raysal.rounds.preflight import preflight
+from raysal.stream.label import label_pool
+from raysal.stream.pool import Summary
 from raysal.train.evaluate import evaluate
 from raysal.train.plan import Plan
 from raysal.train.ray import fetch_checkpoint, fit
@@ -153,6 +156,51 @@ def query_scores(scores: str, cfg: Config, budget: int, out: str, labeled: Seque
     rows = [row | {"rank": i + 1, "round": None} for i, row in enumerate(rows)]
     write_table(out, pa.Table.from_pylist(rows, schema=queue_schema()))
     return [{k: v for k, v in row.items() if k != "reasons"} | {"reasons": dict(row["reasons"])} for row in rows]
+
+
+def label_archive(
+    place: str,
+    checkpoint_uri: str,
+    out: str,
+    cfg: Config,
+    watcher: Watcher,
+    retry_failed: bool = False,
+    replace: bool = False,
+    every_s: float | None = None,
+) -> Iterator[Summary]:
+    """Labels what is new in an archive, once or whenever something came.
+
+    Args:
+        place: Folder of images, or a manifest; read again each time.
+        checkpoint_uri, out, cfg, retry_failed, replace: As in `raysal.stream.label.label_pool`.
+        watcher: Told of progress, and of trouble that a next look may not meet.
+        every_s: Seconds between looks; None looks once.
+
+    Yields:
+        What each look did; looks that found nothing new are passed over, but for the first.
+    """
+    first = True
+    while True:
+        try:
+            summary = label_pool(
+                open_manifest(place),
+                checkpoint_uri,
+                out,
+                cfg,
+                watcher.on_progress,
+                retry_failed=retry_failed and first,
+                replace=replace and first,
+            )
+            if first or summary.done:
+                yield summary
+        except RaysalError as error:
+            if every_s is None or isinstance(error, ConfigError | CheckpointError) or (first and exists(place)):
+                raise
+            watcher.on_warning(f"{error}; looking again in {every_s:g} s")
+        if every_s is None:
+            return
+        first = False
+        time.sleep(every_s)
 
 
 def open_manifest(uri: str) -> pa.Table:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 import raysal
 from raysal.archive.tables import labels_schema
-from raysal.archive.uris import join, write_bytes
+from raysal.archive.uris import exists, join, read_bytes, write_bytes
 from raysal.config import Config
+from raysal.errors import InputError
 from raysal.images.masks import encode_mask
 from raysal.labels import IGNORE
-from raysal.model.checkpoint import read_info
+from raysal.model.checkpoint import ModelInfo, read_info
+from raysal.model.metrics import ClassReliability
+from raysal.stream.forecast import Forecast, forecast
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
 
@@ -30,20 +34,25 @@ def label_pool(
     cfg: Config,
     on_progress: Progress | None = None,
     rows_per_shard: int | None = None,
+    retry_failed: bool = False,
+    replace: bool = False,
 ) -> Summary:
     """Streams an archive through the model and writes one mask an image (`raysal.archive.tables.labels_schema`).
 
-    Ray must be initialised. Masks have their image's own size; pixels that are not valid are 255 and count as abstained. Beside the shards
-    lies ``_trust.json``: the evaluation that the checkpoint carries (calibration, thresholds of confidence by class), and once there was
+    Ray is started unless it is up, or the images are few (`compute.in_process`). Masks have their image's own size; pixels that are not
+    valid, or less sure than `label.precision` asks, are 255 and count as abstained. Beside the shards lies ``_trust.json``: the
+    evaluation that the checkpoint carries (calibration, thresholds of confidence by class), the thresholds in use, and once there was
     one, the audit (`raysal.rounds.audit`).
 
     Args:
         manifest: A manifest table, or the URI of one.
         checkpoint_uri: The model.
-        out_uri: Folder for the shards and ``_SUCCESS``; an earlier output there is replaced.
+        out_uri: Folder for the shards and ``_SUCCESS``. Images that it holds already are not done again.
         cfg: `data`'s limits, `score.batch_size`, `compute`; its digest goes into every row.
         on_progress: Called as on_progress(done, total, counts by status) after each block.
         rows_per_shard: Rows of a shard; None chooses.
+        retry_failed: Do images again whose row says that they failed.
+        replace: Drop rows that another model or configuration left in the folder.
 
     Returns:
         Rows by status, the checkpoint's digest, and the speed.
@@ -52,6 +61,8 @@ def label_pool(
         InputError: Manifest, checkpoint, output folder or cluster can't be used; found before any long work.
         RaysalError: The run broke down.
     """
+    if cfg.label.precision is not None:
+        calibration(read_info(checkpoint_uri), checkpoint_uri)  # refused before any work
     summary = run_pool(
         LabelImages,
         manifest,
@@ -61,14 +72,51 @@ def label_pool(
         cfg=cfg,
         on_progress=on_progress,
         rows_per_shard=rows_per_shard,
+        retry_failed=retry_failed,
+        replace=replace,
     )
-    measured = read_info(checkpoint_uri).parents.get("metrics")
-    write_bytes(join(out_uri, TRUST), json.dumps({"model_digest": summary.model_digest, "val": measured}, indent=1).encode())
+    statement = trust(checkpoint_uri, summary.model_digest, cfg)
+    before = json.loads(read_bytes(join(out_uri, TRUST))) if exists(join(out_uri, TRUST)) else {}
+    if before.get("model_digest") != summary.model_digest:
+        before = {}  # another model's audit says nothing of these masks
+    write_bytes(join(out_uri, TRUST), json.dumps(before | statement, indent=1).encode())
     return summary
+
+
+def label_forecast(
+    manifest: pa.Table | str, checkpoint_uri: str, out_uri: str, cfg: Config, retry_failed: bool = False, replace: bool = False
+) -> Forecast:
+    """What `label_pool` would do and take; changes nothing. Arguments and errors as there."""
+    return forecast(
+        LabelImages, manifest, checkpoint_uri, out_uri, schema=labels_schema(), cfg=cfg, retry_failed=retry_failed, replace=replace
+    )
+
+
+def trust(checkpoint_uri: str, digest: str, cfg: Config) -> dict[str, Any]:
+    """What `TRUST` says before any audit: what was measured on val, and the thresholds under which pixels abstain."""
+    info = read_info(checkpoint_uri)
+    wanted, kept = cfg.label.precision, None
+    if wanted is not None:
+        kept = calibration(info, checkpoint_uri).to_dict(info.label_set.classes, [wanted])[0]
+    return {"model_digest": digest, "val": info.parents.get("metrics"), "kept": kept}
+
+
+def calibration(info: ModelInfo, name: str) -> ClassReliability:
+    """How often each class's pixels were right on val, by confidence. Raises InputError where the checkpoint does not say."""
+    counts = (info.parents.get("metrics") or {}).get("reliability")
+    if counts is None:
+        raise InputError(f"{name}: was never measured on val, so no precision can be promised; train with a val split, or leave it out")
+    return ClassReliability.of(counts)
 
 
 class LabelImages(PoolWorker):
     """A mask of each image, with its confidence and provenance."""
+
+    def start(self) -> None:
+        super().start()
+        wanted, info = self.cfg.label.precision, self.predictor.info
+        self.reliability = calibration(info, self.task.checkpoint_uri) if wanted is not None else None
+        self.thresholds = self.reliability.thresholds(wanted) if self.reliability is not None and wanted is not None else []
 
     def common(self) -> Row:
         return {
@@ -86,6 +134,8 @@ class LabelImages(PoolWorker):
         if not np.isfinite(confidence_HW).all():
             raise ValueError(f"the network's output for {picture.source.uri} is not finite; was the training stable?")
         kept = picture.valid_HW
+        if self.reliability is not None:
+            kept = kept & self.reliability.reaches(mask_HW, confidence_HW, self.thresholds)
         counts_C = np.bincount(mask_HW[kept], minlength=self.predictor.info.label_set.n_classes)
         return {
             "mask_png": encode_mask(np.where(kept, mask_HW, np.uint8(IGNORE))),

@@ -2,54 +2,47 @@
 
 The unit of work is a block of manifest rows. One actor takes a block, fetches, decodes and runs its images, writes one shard
 and sends back a receipt (`raysal.stream.worker`). So pixels, masks and scores never cross the object store or the driver, and
-memory does not grow with the archive. A shard is named by the ids in it: a block that is done again, because its actor died,
-replaces its own shard with the same rows. No row is lost, none is doubled.
+memory does not grow with the archive, but for some 40 bytes an image in the driver. A block that is done again, because its actor
+died, replaces its own shard with the same rows; a run that is started again does what the output (`raysal.stream.output`) does not
+hold. No row is lost, none is doubled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import ray.data
+import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
-from raysal.archive.uris import absolute, exists, is_local, join, list_names, open_fs, read_bytes, remove_tree, write_bytes
-from raysal.cluster import data_context, score_actors
+from raysal.archive.uris import exists, is_local, join, open_fs, read_bytes
+from raysal.cluster import connected, data_context, score_actors
 from raysal.config import Config
-from raysal.errors import InputError, RaysalError
-from raysal.model.checkpoint import digest_at
+from raysal.errors import RaysalError
+from raysal.stream import job as jobs
+from raysal.stream.job import among, columns_of, missing_rows, open_parquet, prepare
+from raysal.stream.output import SUCCESS, keys
 from raysal.stream.worker import STATUSES, PoolWorker, Task
-
-SUCCESS = "_SUCCESS"
-"""Written last: a folder without it is not a whole output."""
-
-OURS = re.compile(r"part-[0-9a-f]{24}\.parquet|_SUCCESS|_attempt-part-[0-9a-f]{24}\.parquet\.json")
-"""Names of the files that a run leaves in its folder, and may delete there; temporary names continue them."""
 
 BLOCKS_PER_ACTOR = 16
 """Blocks each actor gets: enough that all finish together and a death costs little, few enough that shards are not dust."""
 
 LARGEST_BLOCK = 256
 """Rows of a block, and of a shard, in a large archive; what one death costs at most."""
-
-IN_MEMORY_ROWS = 1_000_000
-"""Manifests up to this are read at once (about 150 MB): no processes for reading have to start. Longer ones are streamed."""
-
-COLUMNS = ("id", "uri", "exclude")
-"""All that is read of a manifest."""
 
 Progress = Callable[[int, int, dict[str, int]], None]
 """Called as on_progress(images done, images in all, counts by status) after each block, on the caller's thread."""
@@ -60,21 +53,34 @@ class Summary:
     """What came of a run; its `_SUCCESS` file holds the same.
 
     Attributes:
-        rows: Images in, and rows out.
-        counts: Rows by status; every status is named.
+        rows: Images of the manifest; each has one row in the output.
+        done: Of these, how many this run did; the others were there before.
+        others: Rows in the output of images that the manifest does not name; left as they are.
+        counts: All rows of the output by status; every status is named.
         model_digest: Of the checkpoint.
+        config_digest: Of the configuration.
         seconds: From call to return, start-up of actors included.
-        images_per_second: rows / seconds.
+        images_per_second: done / seconds.
+        core_seconds: What this run cost: seconds x cores that it kept busy.
     """
 
     rows: int
+    done: int
+    others: int
     counts: dict[str, int]
     model_digest: str
+    config_digest: str
     seconds: float
     images_per_second: float
+    core_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n:,} {status}" for status, n in self.counts.items() if n)
+        new = f"{self.done:,} of {self.rows:,} images done now, {self.images_per_second:.1f} images/s" if self.done else "nothing new"
+        return f"{counts}; {new}"
 
 
 def run_pool(
@@ -88,45 +94,57 @@ def run_pool(
     on_progress: Progress | None = None,
     class_bonus: Sequence[float] | None = None,
     rows_per_shard: int | None = None,
+    retry_failed: bool = False,
+    replace: bool = False,
 ) -> Summary:
-    """Runs a worker over every image of a manifest.
+    """Runs a worker over every image of a manifest that the output does not hold yet.
 
     Args:
         worker: What an actor does with images.
         manifest: Columns id and uri, and exclude where there are such masks: a table, or the URI of a Parquet file or folder.
         checkpoint_uri: The model.
-        out_uri: A folder of its own; an earlier output in it, whole or partial, is replaced.
+        out_uri: A folder of its own.
         schema: Of the output.
         cfg: Its `compute` decides how many actors there are.
         on_progress, class_bonus: As in `score_pool`.
         rows_per_shard: Rows of a block; None chooses by archive and actors.
+        retry_failed: Do images again whose row says that they failed.
+        replace: Drop the rows that another model or configuration left in the folder.
 
     Raises:
-        InputError: The manifest is empty, lacks a column or names an image twice; out_uri holds something else; the checkpoint
-            can't be used; or the cluster can't carry the actors.
+        InputError: The manifest is empty, lacks a column or names an image twice; out_uri holds something else, or rows of another model
+            or configuration; the checkpoint can't be used; or the cluster can't carry the actors.
         RaysalError: The run broke down.
     """
     started = time.perf_counter()
-    manifest, total = _check_manifest(manifest)
-    checkpoint_uri, out_uri = absolute(checkpoint_uri), absolute(out_uri)
-    digest, actors = digest_at(checkpoint_uri), score_actors(cfg.compute)
-    rows = rows_per_shard or min(LARGEST_BLOCK, max(cfg.score.batch_size, math.ceil(total / (actors * BLOCKS_PER_ACTOR))))
-    actors = min(actors, math.ceil(total / rows))
-    task = Task(
-        cfg=cfg,
-        checkpoint_uri=checkpoint_uri,
-        model_digest=digest,
-        out_uri=out_uri,
-        schema=schema,
-        device="cuda" if cfg.compute.use_gpu else "cpu",
-        threads=max(1, _cores() // actors),
-        class_bonus=None if class_bonus is None else tuple(class_bonus),
-    )
-    _clear(out_uri)
-    counts = _stream(worker, manifest, task, rows, actors, total, on_progress)
+    job = prepare(worker, manifest, checkpoint_uri, out_uri, schema, cfg, class_bonus)
+    token = job.output.claim(replace)
+    held = job.output.held()
+    missing, there = job.missing(held, retry_failed)
+    todo, cores = int(missing.sum()), 0
+    if todo:
+        job.output.open()
+        task = dataclasses.replace(job.task, token=token)
+        cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress)
+        held = job.output.held()
+    if absent := int(job.missing(held, False)[0].sum()):
+        raise RaysalError(
+            f"{out_uri}: {absent} of {len(job.wanted)} images have no row at the end; was the folder changed? Run the command again"
+        )
     seconds = time.perf_counter() - started
-    summary = Summary(total, counts, digest, seconds, total / seconds)
-    write_bytes(join(out_uri, SUCCESS), (json.dumps(summary.to_dict(), indent=2) + "\n").encode())
+    summary = Summary(
+        rows=len(job.wanted),
+        done=todo,
+        others=len(held.key) - len(job.wanted),
+        counts=held.counts(),
+        model_digest=job.task.model_digest,
+        config_digest=cfg.digest(),
+        seconds=seconds,
+        images_per_second=todo / seconds,
+        core_seconds=seconds * cores,
+    )
+    if todo or finished_by(out_uri) is None:
+        job.output.commit(summary.to_dict(), held)
     return summary
 
 
@@ -137,15 +155,58 @@ def finished_by(out_uri: str) -> str | None:
     return digest
 
 
+def _work(
+    worker: type[PoolWorker],
+    manifest: pa.Table | str,
+    missing: np.ndarray,
+    there: np.ndarray,
+    task: Task,
+    rows_per_shard: int | None,
+    on_progress: Progress | None,
+) -> int:
+    """Does the missing images of a manifest, here or on Ray. Returns the cores that were kept busy."""
+    compute, todo = task.cfg.compute, int(missing.sum())
+    here = todo <= compute.in_process and not (ray.is_initialized() or compute.address or os.environ.get("RAY_ADDRESS"))
+    with contextlib.nullcontext() if here else connected(compute):
+        actors = 1 if here else score_actors(compute)
+        rows = rows_per_shard or min(LARGEST_BLOCK, max(task.cfg.score.batch_size, math.ceil(todo / (actors * BLOCKS_PER_ACTOR))))
+        actors = min(actors, math.ceil(todo / rows))
+        task = dataclasses.replace(task, threads=max(1, (os.cpu_count() or 1 if here else _cores()) // actors))
+        if here:
+            _work_here(worker, manifest, missing, task, rows, on_progress)
+        else:
+            _stream(worker, lambda: _blocks(manifest, missing, there, rows), task, rows, actors, todo, on_progress)
+    return actors * task.threads
+
+
+def _work_here(
+    worker: type[PoolWorker], manifest: pa.Table | str, missing: np.ndarray, task: Task, rows: int, on_progress: Progress | None
+) -> None:
+    """A few images in this process, by the worker that actors would be."""
+    tally, threads = _Tally(int(missing.sum()), on_progress), torch.get_num_threads()
+    try:
+        work = worker(task)
+        table = missing_rows(manifest, missing)
+        for start in range(0, table.num_rows, rows):
+            tally.add(work(table.slice(start, rows)))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _stream(
-    worker: type[PoolWorker], manifest: pa.Table | str, task: Task, rows: int, actors: int, total: int, on_progress: Progress | None
-) -> dict[str, int]:
+    worker: type[PoolWorker],
+    blocks: Callable[[], Dataset],
+    task: Task,
+    rows: int,
+    actors: int,
+    todo: int,
+    on_progress: Progress | None,
+) -> None:
     """Sends blocks through the actors and counts receipts. Raises RaysalError where images and rows don't come out even."""
-    counts, shards = Counter({status: 0 for status in STATUSES}), set[str]()
-    compute = task.cfg.compute
+    tally, compute = _Tally(todo, on_progress), task.cfg.compute
     with _as_raysal_errors(), data_context():
         DataContext.get_current().raise_original_map_exception = True  # not a wrapper that loses its cause on the way
-        receipts = _blocks(manifest, rows).map_batches(
+        receipts = blocks().map_batches(  # made here: a data set keeps the context it was made in
             worker,
             fn_constructor_kwargs={"task": task},
             batch_size=rows,
@@ -157,75 +218,45 @@ def _stream(
         # Closed by name: after an error in on_progress the traceback would keep the run going.
         batches: Any = iter(receipts.iter_batches(batch_size=None, batch_format="pyarrow"))
         with contextlib.closing(batches):
-            for receipt in (row for batch in batches for row in batch.to_pylist()):
-                if "error" in receipt:
-                    raise getattr(errors, receipt["error"], RaysalError)(receipt["message"])
-                if receipt["shard"] in shards:
-                    raise InputError("the manifest names the same images twice; index the archive again so that each image is one row")
-                shards.add(receipt["shard"])
-                counts.update({status: receipt[status] for status in STATUSES})
-                if on_progress is not None:
-                    on_progress(counts.total(), total, dict(counts))
-    names = list_names(task.out_uri)
-    written = {name for name in names if name.endswith(".parquet")}
-    if counts.total() != total or written != shards:
-        raise RaysalError(
-            f"{task.out_uri}: {total} images went in, {counts.total()} rows came out in {len(shards)} shards, and the folder holds "
-            f"{len(written)}; was it or the manifest changed meanwhile? Run again"
-        )
-    for name in (n for n in names if n not in shards and OURS.match(n)):
-        remove_tree(join(task.out_uri, name))  # half-written files of actors that died
-    return dict(counts)
+            for batch in batches:
+                tally.add(batch)
+    if tally.counts.total() != todo:
+        raise RaysalError(f"{task.out_uri}: {todo} images went in and {tally.counts.total()} rows came out; run the same command again")
 
 
-def _blocks(manifest: pa.Table | str, rows: int) -> Dataset:
-    """The manifest as blocks of `rows` rows, the last perhaps shorter."""
-    if isinstance(manifest, pa.Table):
-        return ray.data.from_arrow([manifest.slice(start, rows) for start in range(0, manifest.num_rows, rows)])
-    files = _parquet(manifest)
+class _Tally:
+    """Adds up receipts and tells of them."""
+
+    def __init__(self, todo: int, on_progress: Progress | None) -> None:
+        self.todo, self.on_progress = todo, on_progress
+        self.counts = Counter({status: 0 for status in STATUSES})
+
+    def add(self, receipts: pa.Table) -> None:
+        """Raises the error that a receipt carries."""
+        for receipt in receipts.to_pylist():
+            if "error" in receipt:
+                raise getattr(errors, receipt["error"], RaysalError)(receipt["message"])
+            self.counts.update({status: receipt[status] for status in STATUSES})
+            if self.on_progress is not None:
+                self.on_progress(self.counts.total(), self.todo, dict(self.counts))
+
+
+def _blocks(manifest: pa.Table | str, missing: np.ndarray, there: np.ndarray, rows: int) -> Dataset:
+    """The missing images of a manifest as blocks of `rows` rows, the last perhaps shorter."""
+    if isinstance(manifest, pa.Table) or missing.sum() <= jobs.IN_MEMORY_ROWS:
+        table = missing_rows(manifest, missing)
+        return ray.data.from_arrow([table.slice(start, rows) for start in range(0, table.num_rows, rows)])
+    files = open_parquet(manifest)
     source = ray.data.read_parquet(files.files, filesystem=None if is_local(manifest) else open_fs(manifest)[0])
-    columns = source.select_columns([c for c in COLUMNS if c in files.schema.names])
+    columns = source.select_columns(columns_of(files))
+    if len(there):
+        done = ray.put(there)
+        columns = columns.map_batches(lambda images: _without(images, ray.get(done)), batch_format="pyarrow", batch_size=None)
     return columns.repartition(target_num_rows_per_block=rows, strict=True)
 
 
-def _check_manifest(manifest: pa.Table | str) -> tuple[pa.Table | str, int]:
-    """The columns of a manifest that are needed, in memory where it is not too long, and its number of rows.
-
-    Raises:
-        InputError: It can't be used. In a stream, images named twice come to light later, by their receipts.
-    """
-    source = _parquet(manifest) if isinstance(manifest, str) else pyarrow.dataset.dataset(manifest)
-    name, columns, total = manifest if isinstance(manifest, str) else "manifest", source.schema.names, source.count_rows()
-    if missing := [c for c in COLUMNS[:2] if c not in columns]:
-        raise InputError(f"{name}: no column {', '.join(missing)}, it has {', '.join(columns)}; give a manifest, or a table with both")
-    if not total:
-        raise InputError(f"{name}: holds no images; index an archive first")
-    if isinstance(manifest, str) and total > IN_MEMORY_ROWS:
-        return manifest, total
-    table = source.to_table(columns=[c for c in COLUMNS if c in columns]).combine_chunks()
-    if twice := total - len(table["id"].unique()):
-        raise InputError(f"{name}: {twice} of {total} ids repeat; index the archive again so that each image is one row")
-    return table, total
-
-
-def _parquet(uri: str) -> pyarrow.dataset.Dataset:
-    fs, path = open_fs(uri)
-    try:
-        return pyarrow.dataset.dataset(path, format="parquet", filesystem=fs)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{uri}: no manifest there ({error}); give a .parquet file or a folder of them") from error
-
-
-def _clear(out_uri: str) -> None:
-    """Deletes an earlier output, and nothing else. Raises InputError where the folder holds anything that no run wrote."""
-    names = list_names(out_uri)
-    if others := [n for n in names if not OURS.match(n)]:
-        raise InputError(
-            f"{out_uri}: holds {', '.join(others[:3])}, which is no output of scoring or labeling; name an empty or new folder"
-        )
-    # The marker first: a run that dies here must not leave it beside half an output.
-    for name in sorted(names, key=lambda n: n != SUCCESS):
-        remove_tree(join(out_uri, name))
+def _without(images: pa.Table, done: np.ndarray) -> pa.Table:
+    return images.filter(pa.array(~among(keys(images["id"]), done)))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ Whatever goes wrong with one image becomes its row. Subclasses say what is compu
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,15 +17,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from raysal.archive.tables import write_table
-from raysal.archive.uris import fetch_image, join, read_bytes, remove_tree, write_bytes
+from raysal.archive.uris import fetch_image, join, open_fs, read_bytes, remove_tree, write_bytes
 from raysal.config import Config
 from raysal.datasets.base import read_valid
 from raysal.errors import CheckpointError, ImageError, RaysalError
 from raysal.images.decode import decode_image
 from raysal.model.runtime import Predictor
+
+RUN = "_RUN.json"
+"""In an output folder: whose rows it holds, and the token of the run that works on it."""
 
 STATUSES = ("ok", "fetch", "decode", "limit", "model")
 """What can become of an image, as in the tables' ``status``."""
@@ -56,6 +62,7 @@ class Task:
         schema: Of the output table.
         device: Where the model runs.
         threads: torch threads of an actor.
+        token: Of the run; a process that outlived its run must not write into the next one's output.
         class_bonus: omega_C of the scores, None without.
     """
 
@@ -66,6 +73,7 @@ class Task:
     schema: pa.Schema
     device: str
     threads: int
+    token: str
     class_bonus: tuple[float, ...] | None = None
 
 
@@ -156,18 +164,40 @@ class PoolWorker:
             return pa.table({"error": [type(error).__name__], "message": [str(error)]})
         return pa.table({"shard": [shard], **{status: [counts[status]] for status in STATUSES}})
 
+    def tried(self, block: pa.Table) -> Tried:
+        """Works off a block and keeps nothing: what it took. The first image is done once before, as first calls are slow."""
+        if self._refusal is not None:
+            raise self._refusal
+        sources = _sources(block)
+        self._work(sources[:1])
+        started = time.perf_counter()
+        found = self._work(sources)
+        seconds = time.perf_counter() - started
+        table = pa.Table.from_pylist([{**self.common(), **row} for row in found], schema=self.task.schema)
+        file = io.BytesIO()
+        pq.write_table(table, file, compression="zstd")
+        read = sum(_size_of(source.uri) for source in sources)
+        return Tried(dict(Counter(row["status"] for row in found)), seconds, read, len(file.getvalue()))
+
     def _shard(self, block: pa.Table) -> tuple[str, Counter[str]]:
         """Writes the rows of a block; their file and their number by status."""
-        columns = block.to_pydict()
-        exclude = columns.get("exclude") or [None] * len(columns["id"])
-        sources = [Source(i, uri, tuple(e or ())) for i, uri, e in zip(columns["id"], columns["uri"], exclude, strict=True)]
-        shard = shard_name([s.id for s in sources])
-        with Attempt(join(self.task.out_uri, f"_attempt-{shard}.json")) as attempt:
+        sources = _sources(block)
+        shard = shard_name([s.id for s in sources], self.task.token)
+        with Attempt(join(self.task.out_uri, f"_attempt-{shard_name([s.id for s in sources], '')}.json")) as attempt:
             found = self._work(sources) if attempt.plain else self._work_carefully(sources, attempt)
             common = self.common()
             table = pa.Table.from_pylist([{**common, **row} for row in found], schema=self.task.schema)
+            self._check_token()
             write_table(join(self.task.out_uri, shard), table)
         return shard, Counter(row["status"] for row in found)
+
+    def _check_token(self) -> None:
+        try:
+            owner = json.loads(read_bytes(join(self.task.out_uri, RUN)))["token"]
+        except FileNotFoundError:
+            owner = None
+        if owner != self.task.token:
+            raise RaysalError(f"{self.task.out_uri}: another run took this output over, or removed it; wait for that one, then run again")
 
     def _work(self, sources: Sequence[Source]) -> list[Row]:
         """A row for each source, in order. Images of one size run together; reading goes on while the network works."""
@@ -240,6 +270,31 @@ class PoolWorker:
         return Picture(source, image_HWC, valid_HW, hashlib.sha256(encoded).hexdigest())
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What a sample of images took: statuses, seconds, bytes of files read, bytes of the rows that they would be."""
+
+    counts: dict[str, int]
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+
+
+def _sources(block: pa.Table) -> list[Source]:
+    columns = block.to_pydict()
+    exclude = columns.get("exclude") or [None] * len(columns["id"])
+    return [Source(i, uri, tuple(e or ())) for i, uri, e in zip(columns["id"], columns["uri"], exclude, strict=True)]
+
+
+def _size_of(uri: str) -> int:
+    """Bytes of a file; 0 where that can't be known."""
+    try:
+        fs, path = open_fs(uri)
+        return int(fs.size(path) or 0)
+    except Exception:  # drivers raise their own types
+        return 0
+
+
 class Attempt:
     """Remembers, in a note beside the shards, that a block was begun: a block whose actors keep dying must end all the same.
 
@@ -275,9 +330,9 @@ class Attempt:
         remove_tree(self._uri)
 
 
-def shard_name(ids: Sequence[str]) -> str:
-    """The file of a block, from its ids alone: done again, a block replaces its own shard."""
-    return f"part-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:24]}.parquet"
+def shard_name(ids: Sequence[str], token: str) -> str:
+    """The file of a block, from its ids and its run: done again in one run, a block replaces its own shard, and nobody else's."""
+    return f"part-{hashlib.sha256(json.dumps([token, *ids]).encode()).hexdigest()[:24]}.parquet"
 
 
 def failed(source: Source, status: str, error: object) -> Row:

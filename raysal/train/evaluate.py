@@ -45,6 +45,7 @@ class Evaluation:
             "confusion": self.confusion.tolist(),
             "calibration": self.calibration.to_dict(),
             "abstention": self.reliability.to_dict(classes),
+            "reliability": self.reliability.counts.tolist(),
         }
 
 

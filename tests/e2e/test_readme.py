@@ -15,6 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from raysal.config import load
+from raysal.labels import S5MARS
+from raysal.model.checkpoint import ModelInfo, save
+from raysal.model.network import TwoBranch
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +35,9 @@ def bash_of(text: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "configs", place / "configs")
+    cfg = load(ROOT / "configs" / "demo.yaml")  # the demo takes minutes: an untrained model of its kind stands where it leaves its last one
+    info = ModelInfo(S5MARS, cfg.model, input_scale=1.0, tile_px=96)
+    save(str(place / "runs/demo/rounds/002/checkpoint"), TwoBranch(cfg.model, S5MARS.n_classes, 0), info)
     return place
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from raysal.archive.tables import read_table, scores_schema, write_table
 from raysal.model.checkpoint import digest_at
-from raysal.stream import pool
+from raysal.stream import job
 from raysal.stream.score import embed, score_pool
 from tests.ray.scenes import DIM, SCORES, assert_same_scores, by_id, configured, manifest_at
 
@@ -42,7 +42,8 @@ def test_the_summary_is_left_beside_the_shards(scored, checkpoint: str) -> None:
     assert summary.model_digest == digest_at(checkpoint)
     assert summary.counts == {"ok": 42, "fetch": 0, "decode": 0, "limit": 0, "model": 0}
     assert [call[:2] for call in calls] == [(42, 42)]
-    assert sorted(p.name for p in out.iterdir() if not p.name.startswith("part-")) == ["_SUCCESS"]
+    assert (summary.done, summary.others) == (42, 0)
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith("part-")) == ["_RUN.json", "_SUCCESS", "_rows.pq"]
 
 
 @pytest.mark.parametrize(("shards", "batch_size", "actors"), [(3, 1, 2), (7, 8, 1)])
@@ -55,7 +56,7 @@ def test_shards_order_and_batches_change_no_score(  # type: ignore[no-untyped-de
     cfg = cfg.model_copy(update={"score": cfg.score.model_copy(update={"batch_size": batch_size})})
     dones: list[int] = []
     score_pool(shuffled, checkpoint, str(tmp_path / "out"), cfg, None, lambda done, *_: dones.append(done), -(-42 // shards))
-    assert len(list((tmp_path / "out").glob("*.parquet"))) == shards
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == shards
     assert len(dones) == shards
     assert dones == sorted(dones)
     assert dones[-1] == 42
@@ -68,10 +69,10 @@ def test_a_manifest_too_long_for_memory_is_streamed_to_the_same_scores(  # type:
     manifest = manifest_at(archive)
     write_table(str(tmp_path / "manifest" / "a.parquet"), manifest.slice(0, 20))
     write_table(str(tmp_path / "manifest" / "b.parquet"), manifest.slice(20))
-    monkeypatch.setattr(pool, "IN_MEMORY_ROWS", 10)
+    monkeypatch.setattr(job, "IN_MEMORY_ROWS", 10)
     out = tmp_path / "out"
     score_pool(str(tmp_path / "manifest"), checkpoint, str(out), configured(), rows_per_shard=9)
-    assert sorted(read_table(str(p)).num_rows for p in out.glob("*.parquet")) == [6, 9, 9, 9, 9]
+    assert sorted(read_table(str(p)).num_rows for p in out.glob("part-*.parquet")) == [6, 9, 9, 9, 9]
     assert_same_scores(scored[0], by_id(out))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from raysal.model.checkpoint import ModelInfo, digest_at, save
 from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
 from raysal.query.scores import score_images
-from raysal.stream import pool
+from raysal.stream import job, pool
 from raysal.stream.label import label_pool
 from raysal.stream.pool import run_pool
 from raysal.stream.score import ScoreImages, score_pool
@@ -114,8 +115,8 @@ def test_what_an_actor_refuses_reaches_the_caller_as_it_was_said(checkpoint: str
     with pytest.raises(InputError, match=r"^the licence of this model has run out; renew it$"):
         run(RefusesToStart, manifest_at(archive), checkpoint, tmp_path / "out", rows=42, score_actors=1)
     with pytest.raises(RaysalError, match="broke down: ZeroDivisionError: a mistake of ours;"):
-        run(Crashes, manifest_at(archive), checkpoint, tmp_path / "out", rows=42, score_actors=1)
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
+        run(Crashes, manifest_at(archive), checkpoint, tmp_path / "crashed", rows=42, score_actors=1)
+    assert not list(tmp_path.glob("*/_SUCCESS"))
 
 
 STATUS = {
@@ -240,22 +241,62 @@ def test_a_model_that_gives_nan_gives_no_scores(archive: Path, tmp_path: Path) -
     assert all("not finite" in row["error"] and row["entropy"] is None for row in by_id(tmp_path / "out").values())
 
 
-def test_a_rerun_replaces_its_output_and_touches_no_other_folder(  # type: ignore[no-untyped-def]
+def test_a_folder_of_other_rows_is_refused_or_replaced_and_a_folder_of_anything_else_is_left_alone(  # type: ignore[no-untyped-def]
     scored, checkpoint: str, archive: Path, tmp_path: Path
 ) -> None:
     out, manifest = tmp_path / "out", manifest_at(archive)
     out.mkdir()
-    write_table(str(out / f"part-{'0' * 24}.parquet"), manifest)  # what an interrupted run left
+    write_table(str(out / f"part-{'0' * 24}.parquet"), manifest)  # nobody knows of which model
     (out / f"_attempt-part-{'1' * 24}.parquet.json").write_text("{}")
-    score_pool(manifest.slice(4, 8), checkpoint, str(out), configured(score_actors=1), class_bonus=[0.5] * S5MARS.n_classes)
+    some, cfg = manifest.slice(4, 8), configured(score_actors=1)
+    with pytest.raises(InputError, match="nobody knows the model"):
+        score_pool(some, checkpoint, str(out), cfg)
+    bonus = [0.5] * S5MARS.n_classes
+    score_pool(some, checkpoint, str(out), cfg, class_bonus=bonus, replace=True)
     rows = by_id(out)
-    assert set(rows) == set(manifest["id"].to_pylist()[4:12])
+    assert set(rows) == set(some["id"].to_pylist())
     for image_id, row in rows.items():  # an equal bonus for every class only scales
         assert row["entropy"] == pytest.approx(scored[0][image_id]["entropy"] / 2, abs=1e-5)
     assert not list(out.glob("_attempt*"))
+    with pytest.raises(InputError, match=r"rows of another run \(config digest"):
+        score_pool(some, checkpoint, str(out), cfg)
+    assert by_id(out) == rows
     with pytest.raises(InputError, match=r"images, masks.*no output"):
         score_pool(manifest, checkpoint, str(archive), configured())
     assert len(list((archive / "images").iterdir())) == 42
+
+
+def test_a_second_run_does_only_what_is_new(scored, checkpoint: str, archive: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out, manifest, cfg = str(tmp_path / "out"), manifest_at(archive), configured(score_actors=1)
+    score_pool(manifest.slice(0, 12), checkpoint, out, cfg, rows_per_shard=5)
+    before = {p: p.read_bytes() for p in Path(out).glob("part-*")}
+    again = score_pool(manifest.slice(0, 12), checkpoint, out, cfg, on_progress=lambda *_: pytest.fail("nothing was to be done"))
+    assert (again.done, again.rows) == (0, 12)
+    grown = score_pool(manifest.slice(4, 16), checkpoint, out, cfg)  # four images are no longer named, eight are new
+    assert (grown.rows, grown.done, grown.others, grown.counts["ok"]) == (16, 8, 4, 20)
+    assert all(p.read_bytes() == data for p, data in before.items())
+    assert_same_scores(by_id(out), {i: scored[0][i] for i in manifest["id"].to_pylist()[:20]})
+
+
+def test_what_failed_is_listed_and_can_be_tried_again_alone(
+    broken_labeled: tuple[Path, pool.Summary], broken: pa.Table, checkpoint: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(broken_labeled[0], out)
+    failed = read_table(str(out / "_failed.pq")).to_pylist()
+    assert {Path(row["uri"]).name: row["status"] for row in failed} == {n: s for n, s in STATUS.items() if s != "ok"}
+    good = {i: row for i, row in by_id(out).items() if row["status"] == "ok"}
+    text = next(Path(uri) for uri in broken["uri"].to_pylist() if uri.endswith("text.png"))
+    damaged, whole = text.read_bytes(), Image.fromarray(scene(0, 5, 64)[0])
+    try:
+        whole.save(text)
+        summary = label_pool(broken, checkpoint, str(out), limited(), retry_failed=True)
+    finally:
+        text.write_bytes(damaged)
+    assert (summary.done, summary.rows, summary.counts["ok"], summary.counts["decode"]) == (8, 11, 4, 3)
+    rows = by_id(out)
+    assert {i: rows[i] for i in good} == good  # not done again
+    assert len(read_table(str(out / "_failed.pq"))) == 7
 
 
 def test_an_error_in_the_callback_ends_the_run_and_its_actors(checkpoint: str, archive: Path, tmp_path: Path) -> None:
@@ -292,7 +333,7 @@ def test_input_that_cannot_be_used_is_refused_before_any_work(checkpoint: str, a
     on = cfg.model_copy(update={"score": cfg.score.model_copy(update={"class_bonus": True})})
     with pytest.raises(ConfigError, match="class_bonus"):
         score_pool(manifest, checkpoint, out, on)
-    assert not Path(out).exists()
+    assert not list(Path(out).glob("part-*"))
 
 
 def test_images_named_twice_in_a_streamed_manifest_end_the_run(
@@ -300,13 +341,13 @@ def test_images_named_twice_in_a_streamed_manifest_end_the_run(
 ) -> None:
     manifest = manifest_at(archive).slice(0, 6)
     write_table(str(tmp_path / "manifest.parquet"), pa.concat_tables([manifest, manifest]))
-    monkeypatch.setattr(pool, "IN_MEMORY_ROWS", 1)
-    with pytest.raises(RaysalError, match="twice"):
+    monkeypatch.setattr(job, "IN_MEMORY_ROWS", 1)
+    with pytest.raises(InputError, match="6 of 12 ids repeat"):
         score_pool(str(tmp_path / "manifest.parquet"), checkpoint, str(tmp_path / "out"), configured(score_actors=1), rows_per_shard=6)
 
 
 def test_an_actor_refuses_a_checkpoint_that_changed_meanwhile(checkpoint: str, tmp_path: Path) -> None:
-    task = Task(configured(), checkpoint, "0" * 64, str(tmp_path), scores_schema(SCORES, DIM), "cpu", 1)
+    task = Task(configured(), checkpoint, "0" * 64, str(tmp_path), scores_schema(SCORES, DIM), "cpu", 1, token="mine")
     receipt = ScoreImages(task)(pa.table({"id": ["a"], "uri": ["b"]})).to_pylist()[0]
     assert receipt["error"] == "CheckpointError"
     assert "changed while the run went on" in receipt["message"]

@@ -56,6 +56,7 @@ OTHER_VALUES: dict[str, Any] = {
     "loss.weight_clip": [0.5, 5.0],
     "cps.cutmix_area": [0.1, 0.2],
     "score.scores": ["entropy"],
+    "label.precision": 0.9,
     "loop.target_miou": 0.5,
     "loop.final_steps": 10,
     "loop.full_miou": 0.5,

@@ -17,8 +17,9 @@ from raysal.rounds.estimate import Estimate, estimate
 from tests.helpers import tiny
 
 PLAN = Estimate(
-    pool=1017, val=200, unlabeled=1500, budget=32, share_of_pool=32 / 1017, labels=(16, 24, 32), trainings=3, steps=400, final_steps=800,
-    evaluations=8, scorings=2, starts=7, train_step_s=0.2137, images_per_second=61.3, score_images_per_second=30.65, warnings=("odd",),
+    pool=1017, val=200, unlabeled=1500, budget=32, share_of_pool=32 / 1017, labels=(16, 24, 32), audit=30, trainings=3, steps=400,
+    final_steps=800, evaluations=8, scorings=2, starts=7, train_step_s=0.2137, images_per_second=61.3, score_images_per_second=30.65,
+    warnings=("odd",),
 )  # fmt: skip
 PART = re.compile(r"^(.*) = ([\d.]+) (s|min|h)$", re.MULTILINE)
 
@@ -47,7 +48,16 @@ def test_every_printed_part_multiplies_out_and_the_parts_add_up(plan: Estimate) 
 def test_the_plan_names_its_rounds_and_every_part() -> None:
     text = PLAN.text()
     assert "labels after each round: round 0: 16, round 1: 24, round 2: 32" in text
-    for part in ("warning: odd", "3 trainings", "last training, 800 steps", "8 evaluations", "2 scorings", "masks for 1017", "7 starts"):
+    for part in (
+        "warning: odd",
+        "3 trainings",
+        "last training, 800 steps",
+        "8 evaluations",
+        "2 scorings",
+        "masks for 1017",
+        "7 starts",
+        "30 more random labels",
+    ):
         assert part in text
     told = PLAN.to_dict()
     assert told["total_s"] == pytest.approx(sum(v for k, v in told.items() if k.endswith("_s") and k not in ("total_s", "train_step_s")))

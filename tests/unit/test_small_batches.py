@@ -1,0 +1,149 @@
+"""A few images are scored and labelled in this process: no Ray is started, and the output is as any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+import ray
+
+from raysal.archive.tables import read_table
+from raysal.config import Config, build
+from raysal.datasets.synthetic import write_archive
+from raysal.errors import InputError
+from raysal.images.masks import decode_mask
+from raysal.labels import IGNORE, S5MARS
+from raysal.model.checkpoint import ModelInfo, save
+from raysal.model.metrics import ClassReliability
+from raysal.model.network import TwoBranch
+from raysal.rounds.single import open_manifest
+from raysal.stream.label import TRUST, label_forecast, label_pool
+from raysal.stream.score import score_forecast, score_pool
+
+IMAGES = 10
+MODEL = {"arch": "Unet", "encoder": "resnet18"}
+
+
+def configured(**label: float) -> Config:
+    return build({"model": MODEL, "label": label, "score": {"embedding_dim": 4, "batch_size": 2}})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """archive/images with scenes, checkpoint/ with a model that was measured on nothing real."""
+    folder, cfg = tmp_path_factory.mktemp("small"), configured()
+    write_archive(str(folder / "archive"), IMAGES, 1, 32, 0)
+    for left in sorted((folder / "archive" / "images").iterdir())[IMAGES:]:
+        left.unlink()
+    reliability = ClassReliability(S5MARS.n_classes)
+    reliability.counts[0], reliability.counts[1] = 100, (torch_ramp() * 100).round()
+    metrics = {"reliability": reliability.counts.tolist(), "miou": 0.5}
+    info = ModelInfo(S5MARS, cfg.model, input_scale=1.0, tile_px=32, parents={"metrics": metrics})
+    save(str(folder / "checkpoint"), TwoBranch(cfg.model, S5MARS.n_classes, 0), info)
+    return folder
+
+
+def torch_ramp():  # type: ignore[no-untyped-def]
+    """Right as often as sure: accuracy of bin i is i / n."""
+    import torch
+
+    return torch.linspace(0, 1, 100).expand(S5MARS.n_classes, 100)
+
+
+def images(place: Path) -> pa.Table:
+    return open_manifest(str(place / "archive" / "images"))
+
+
+def test_no_ray_is_started_and_every_image_has_its_row(place: Path, tmp_path: Path) -> None:
+    out, table = str(tmp_path / "labels"), images(place)
+    dones: list[int] = []
+    summary = label_pool(table, str(place / "checkpoint"), out, configured(), lambda done, *_: dones.append(done), rows_per_shard=4)
+    assert not ray.is_initialized()
+    assert (summary.rows, summary.done, summary.counts["ok"], dones) == (IMAGES, IMAGES, IMAGES, [4, 8, 10])
+    assert sorted(read_table(out)["id"].to_pylist()) == sorted(table["id"].to_pylist())
+    assert label_pool(table, str(place / "checkpoint"), out, configured()).done == 0
+    scores = score_pool(table, str(place / "checkpoint"), str(tmp_path / "scores"), configured())
+    assert scores.counts["ok"] == IMAGES and read_table(str(tmp_path / "scores"))["entropy"].null_count == 0
+
+
+def test_pixels_that_are_not_sure_enough_abstain_and_the_thresholds_are_told(place: Path, tmp_path: Path) -> None:
+    cfg, wanted = configured(), 0.6
+    label_pool(images(place), str(place / "checkpoint"), str(tmp_path / "all"), cfg)
+    label_pool(images(place), str(place / "checkpoint"), str(tmp_path / "sure"), configured(precision=wanted))
+    told = json.loads((tmp_path / "sure" / TRUST).read_text())["kept"]
+    assert told["precision"] == wanted
+    thresholds = set(told["threshold"].values())
+    assert len(thresholds) == 1 and all(reached >= wanted for reached in told["reached"].values())
+    kept = 0
+    every, some = ({row["id"]: row for row in read_table(str(tmp_path / name)).to_pylist()} for name in ("all", "sure"))
+    for whole, sure in ((every[i], some[i]) for i in every):
+        a, b = (decode_mask(row["mask_png"], 10**6, row["uri"]) for row in (whole, sure))
+        assert (a == b)[b != IGNORE].all()
+        assert sure["abstained"] == pytest.approx((b == IGNORE).mean())
+        assert sure["confidence"] is None or sure["confidence"] >= min(thresholds)
+        kept += int((b != IGNORE).sum())
+    assert 0 < kept < IMAGES * 32 * 32
+    with pytest.raises(InputError, match="rows of another run"):
+        label_pool(images(place), str(place / "checkpoint"), str(tmp_path / "sure"), configured(precision=0.7))
+
+
+def test_a_model_that_was_never_measured_promises_no_precision(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "checkpoint", tmp_path / "checkpoint")
+    info = json.loads((tmp_path / "checkpoint" / "model.json").read_text())
+    info["parents"]["metrics"] = None
+    (tmp_path / "checkpoint" / "model.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="never measured on val"):
+        label_pool(images(place), str(tmp_path / "checkpoint"), str(tmp_path / "out"), configured(precision=0.9))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["label", "score"])
+def test_a_forecast_counts_what_is_missing_and_changes_nothing(place: Path, tmp_path: Path, kind: str) -> None:
+    pool, forecast = {"label": (label_pool, label_forecast), "score": (score_pool, score_forecast)}[kind]
+    out, model, table = tmp_path / "out", str(place / "checkpoint"), images(place)
+    found = forecast(table, model, str(out), configured())
+    assert (found.rows, found.todo, found.sampled, found.counts) == (IMAGES, IMAGES, IMAGES, {"ok": IMAGES})
+    assert found.seconds > 0 and found.bytes_written > 0
+    assert found.bytes_read == sum(p.stat().st_size for p in (place / "archive" / "images").iterdir())
+    assert not out.exists()
+    pool(table.slice(0, 7), model, str(out), configured())
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    again = forecast(table, model, str(out), configured())
+    assert (again.rows, again.todo) == (IMAGES, 3) and "3 of 10 images to do" in str(again)
+    assert "nothing to do" in str(forecast(table.slice(0, 7), model, str(out), configured()))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_new_images_are_labelled_while_a_place_is_watched(place: Path, tmp_path: Path) -> None:
+    inbox, out = tmp_path / "inbox", tmp_path / "labels"
+    inbox.mkdir()
+    scenes = sorted((place / "archive" / "images").iterdir())
+    shutil.copy(scenes[0], inbox)
+    model = json.dumps(MODEL)
+    command = [sys.executable, "-m", "raysal", "label", str(place / "checkpoint"), str(inbox), "--out", str(out), "--watch", "1"]
+    process = subprocess.Popen([*command, "--set", f"model={model}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def rows() -> int:
+        return len(read_table(str(out), ["id"])) if (out / "_SUCCESS").exists() else 0
+
+    try:
+        for wanted in (1, 2, 3):
+            if wanted > 1:
+                shutil.copy(scenes[wanted - 1], inbox)
+            deadline = time.monotonic() + 120
+            while rows() < wanted:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline, "the new image was never labelled"
+                time.sleep(0.1)
+        assert psutil.Process(process.pid).is_running()
+    finally:
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert said.count("1 of ") == 3
