@@ -287,6 +287,7 @@ def run_training(training: Training, cache: str, digest: str, code: str) -> dict
     train(plan, session)
     session.close()
     measured = json.loads(read_bytes(join(folder, checkpoint.INFO)))["parents"]["metrics"]
+    del measured["reliability"]  # counts by class and confidence: the checkpoint's, too long for a record
     classes, sites = dataset.label_set.classes, site_groups(cfg, pool)
     archive = evaluate(Predictor.load(folder), dataset, rest, cfg.train.eval_batch).to_dict(classes) if rest else {}
     return {
@@ -314,7 +315,9 @@ def run_evaluation(training: Training, cfg: Config, cache: str, digest: str) -> 
     dataset, _, held = training.split.open(cfg)
     loaded = checkpoint.load(join(cache, "models", digest))
     predictor = Predictor(loaded.model, replace(loaded.info, model=cfg.model, predict=cfg.model.predict))
-    return evaluate(predictor, dataset, held, cfg.train.eval_batch).to_dict(dataset.label_set.classes)
+    found = evaluate(predictor, dataset, held, cfg.train.eval_batch).to_dict(dataset.label_set.classes)
+    del found["reliability"]
+    return found
 
 
 @ray.remote(num_cpus=1, max_retries=5)
