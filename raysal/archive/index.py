@@ -316,8 +316,9 @@ def _group(uri: str, product: Product, root: str) -> str:
         return f"{product.mission}/{product.site}/{product.drive}"
     if product.sol is not None:
         return f"{product.mission}/sol{product.sol}" if product.mission else f"sol{product.sol}"
-    folder = posixpath.dirname(uri.split("::", 1)[0])
-    return "" if folder.rstrip("/") == root.rstrip("/") else folder
+    inner, *outer = uri.split("::", 1)
+    folder = posixpath.dirname(inner)
+    return "" if folder.rstrip("/") == root.rstrip("/") else "::".join([folder, *outer])
 
 
 def _claim(out: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from raysal.errors import ResourceError
 
-CACHE_KB = 64 * 1024
+CACHE_KB = 16 * 1024
 """Of the database in memory; the rest is on disk."""
 
 UNSEEN, SAME, CHANGED, NEW = range(4)

@@ -50,6 +50,11 @@ class Place:
     path: str
 
     @property
+    def on_the_web(self) -> bool:
+        """Whether this is a page of links, or one file at a web address."""
+        return self.how in ("store", "file") and self.uri.startswith(("http://", "https://"))
+
+    @property
     def root(self) -> str:
         """Folder of the whole place; for a file or a list the one that it lies in."""
         return posixpath.dirname(self.uri) if self.how in ("file", "list") else self.uri.split("::", 1)[0]
@@ -67,7 +72,7 @@ class Place:
 
     def complete(self, entries: list[Entry]) -> list[Entry]:
         """Adds what the listing could not tell: web pages name files only, so each wanted one is asked for."""
-        if not self.uri.startswith(("http://", "https://")) or self.how not in ("store", "file"):
+        if not self.on_the_web:
             return entries
         with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
             return list(threads.map(self._ask, entries))
@@ -126,6 +131,8 @@ def _folder(uri: str) -> Place:
     try:
         if how == "local":
             os.scandir(path).close()
+        elif place.on_the_web:
+            fs.ls(path)  # says why not, unlike exists
         elif how != "archive" and not fs.exists(path):
             raise FileNotFoundError(path)
     except Exception as error:  # drivers raise their own types; every one means that there is nothing to list
@@ -176,17 +183,23 @@ def _local(place: Place, tally: Tally) -> Iterator[Entry]:
                             if item.is_dir():
                                 if not item.is_symlink() or _worth_following(item.path, root, followed):
                                     below.append(item.path)
-                            elif tally.is_image(item.path, _labeled_on_disk) and _nameable(item.path, tally):
-                                about = item.stat()
-                                if stat.S_ISREG(about.st_mode):  # a pipe would be waited for without end
-                                    yield Entry(item.path, about.st_size, None, utc(about.st_mtime))
-                                else:
-                                    tally.fail(item.path, "is no regular file")
+                            elif (entry := _on_disk(item, tally)) is not None:
+                                yield entry
                         except OSError as error:
                             tally.fail(item.path, error)
         except OSError as error:
             tally.fail(folder, error)
         stack += sorted(below, reverse=True)
+
+
+def _on_disk(item: os.DirEntry[str], tally: Tally) -> Entry | None:
+    if not (tally.is_image(item.path, _labeled_on_disk) and _nameable(item.path, tally)):
+        return None
+    about = item.stat()
+    if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for without end
+        tally.fail(item.path, "is no regular file")
+        return None
+    return Entry(item.path, about.st_size, None, utc(about.st_mtime))
 
 
 def _worth_following(link: str, root: str, followed: set[str]) -> bool:

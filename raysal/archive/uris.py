@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import functools
@@ -75,7 +76,8 @@ def canonical(uri: str, base: str = "") -> str:
 def _scheme(scheme: str) -> tuple[tuple[str, ...], Callable[[str], str]]:
     """The names of a scheme, the first one first, and what its driver makes of a URI; a missing driver makes nothing of it."""
     if scheme not in fsspec.available_protocols():
-        raise InputError(f"{scheme}://: no such kind of store; there are {', '.join(sorted(fsspec.available_protocols()))}")
+        near = difflib.get_close_matches(scheme, fsspec.available_protocols(), 1)
+        raise InputError(f"{scheme}://: there is no such kind of store{f'; did you mean {near[0]}://?' if near else ''}")
     try:
         kind = fsspec.get_filesystem_class(scheme)
     except ImportError:
