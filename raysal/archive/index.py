@@ -1,14 +1,9 @@
-"""Lists an archive into a manifest: Parquet shards of one row an image, and a record of what was done.
-
-A run writes its shards under hidden names, then a plan, then carries the plan out: renames the shards, removes what they replace,
-writes the record. A run that dies before its plan has changed nothing; one that dies after it is finished by the next run.
-"""
+"""Lists an archive into a manifest: Parquet shards of one row an image, and a record of what was done."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import posixpath
 import time
 from collections import Counter
@@ -19,7 +14,6 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import raysal
 from raysal.archive.entries import Entry, Tally
@@ -27,14 +21,11 @@ from raysal.archive.filters import TAKEN, Filters
 from raysal.archive.known import CHANGED, NEW, SAME, UNSEEN, Known
 from raysal.archive.listing import Place, open_place
 from raysal.archive.names import KINDS, Product, parse
+from raysal.archive.publish import HIDDEN, VERSION, batches, claim, publish, refuse_others, sweep
 from raysal.archive.tables import manifest_schema, write_table
-from raysal.archive.uris import absolute, exists, join, list_names, locked, move, open_fs, read_bytes, remove_tree, write_bytes
+from raysal.archive.uris import absolute, exists, join, locked
 from raysal.errors import InputError
 
-RECORD, PLAN = "_INDEX.json", "_PLAN.json"
-HIDDEN = "_new-"
-"""Begins the names of shards that are not part of the manifest yet; readers of Parquet folders pass them over."""
-VERSION = 1
 SHARD_ROWS = 50_000
 """Rows of a shard."""
 AT_ONCE = 1024
@@ -117,15 +108,16 @@ def index(
     """
     started, out = time.perf_counter(), absolute(out)
     opened, fresh = [open_place(place) for place in places], not exists(out)
+    refuse_others(out)  # before a lock is laid into somebody's folder
     with locked(out, "another process is at work on this manifest; wait for it, or name another folder"):
         try:
-            run = _Run(out, _claim(out), filters or Filters(), opened, on_progress or (lambda files: None))
+            run = _Run(out, claim(out), filters or Filters(), opened, on_progress or (lambda files: None))
             with Known() as known:
                 run.list_all(known)
                 run.publish(known, prune)
         except BaseException:
             with contextlib.suppress(OSError, InputError):
-                _sweep(out, all_of_it=fresh)
+                sweep(out, all_of_it=fresh)
             raise
     return run.summary(time.perf_counter() - started)
 
@@ -181,7 +173,7 @@ class _Run:
     def list_all(self, known: Known) -> None:
         """Lists every place and writes rows of what is new or changed."""
         for name in self.before["shards"]:
-            for batch in _batches(self.out, name, ["uri", "id"]):
+            for batch in batches(self.out, name, ["uri", "id"]):
                 known.add(zip(batch["uri"].to_pylist(), batch["id"].to_pylist(), strict=True))
         for table in _shards(self._fresh(known)):
             name = f"part-{self.number:04d}-{len(self.shards):05d}.parquet"
@@ -209,9 +201,7 @@ class _Run:
                     shards[name] = kept.num_rows
         shards |= self.shards
         self.rows = sum(shards.values())
-        plan = {"publish": staged, "remove": remove, "record": self._record(shards)}
-        write_bytes(join(self.out, PLAN), json.dumps(plan, indent=1).encode())
-        _carry_out(self.out)
+        publish(self.out, staged, remove, self._record(shards))
 
     def wanted(self, place: Place, tally: Tally, known: Known | None = None) -> Iterator[dict[str, Any]]:
         """Rows of the images of a place that the filters let through."""
@@ -255,7 +245,7 @@ class _Run:
         """A shard's rows without those that are outdated; None where all of them stay."""
         whole = [p for p, tally in zip(self.places, self.tallies, strict=True) if not tally.unreadable]
         keep: list[bool] = []
-        for batch in _batches(self.out, name, ["uri"]):
+        for batch in batches(self.out, name, ["uri"]):
             for uri in batch["uri"].to_pylist():
                 state = known.state(uri)
                 gone = state == UNSEEN and any(place.holds(uri) for place in whole)
@@ -264,7 +254,7 @@ class _Run:
                 keep.append(state != CHANGED and not (gone and prune))
         if all(keep):
             return None
-        return pa.Table.from_batches(_batches(self.out, name, None)).filter(pa.array(keep))
+        return pa.Table.frombatches(batches(self.out, name, None)).filter(pa.array(keep))
 
     def _tally(self) -> Tally:
         """Of all places together."""
@@ -319,65 +309,3 @@ def _group(uri: str, product: Product, root: str) -> str:
     inner, *outer = uri.split("::", 1)
     folder = posixpath.dirname(inner)
     return "" if folder.rstrip("/") == root.rstrip("/") else "::".join([folder, *outer])
-
-
-def _claim(out: str) -> dict[str, Any]:
-    """Finishes what a killed run left, and reads the record of a manifest; an empty one for a new folder.
-
-    Raises:
-        InputError: The folder holds something else, or a manifest that is not whole.
-    """
-    fs, path = open_fs(out)
-    if fs.isfile(path):
-        raise InputError(f"{out}: is a file; name a folder for the manifest")
-    if exists(join(out, PLAN)):
-        _carry_out(out)
-    _sweep(out)
-    names = [n for n in list_names(out) if not n.startswith(".")]
-    if RECORD not in names:
-        if names:
-            raise InputError(f"{out}: holds {', '.join(names[:3])} and no {RECORD}, so it is no manifest; name an empty or new folder")
-        return {"run": -1, "shards": {}}
-    try:
-        record = json.loads(read_bytes(join(out, RECORD)))
-        version, shards = record["version"], record["shards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{out}: its {RECORD} is damaged ({error}); index into a new folder") from error
-    if version > VERSION:
-        raise InputError(f"{out}: a manifest of version {version}, this raysal writes {VERSION}; upgrade raysal")
-    there = {n for n in names if n.endswith(".parquet")}
-    if strange := sorted(there ^ set(shards)):
-        what = "is missing" if strange[0] in shards else "was not written by raysal index"
-        raise InputError(f"{out}: {strange[0]} {what}; put that right, or index into a new folder")
-    return {"run": record["run"], "shards": shards}
-
-
-def _carry_out(out: str) -> None:
-    """Does what a plan says; done twice it does nothing more."""
-    plan = json.loads(read_bytes(join(out, PLAN)))
-    for name in plan["publish"]:
-        move(join(out, HIDDEN + name), join(out, name))
-    for name in plan["remove"]:
-        remove_tree(join(out, name))
-    write_bytes(join(out, RECORD), (json.dumps(plan["record"], indent=1) + "\n").encode())
-    remove_tree(join(out, PLAN))
-
-
-def _sweep(out: str, all_of_it: bool = False) -> None:
-    """Removes what a run left that never came to its plan, and the folder where there was none before."""
-    if exists(join(out, PLAN)):
-        return
-    for name in list_names(out):
-        if name.startswith(HIDDEN) or name.endswith(".tmp"):
-            remove_tree(join(out, name))
-    if all_of_it and not [n for n in list_names(out) if n != ".lock"]:
-        remove_tree(out)
-
-
-def _batches(out: str, name: str, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
-    fs, path = open_fs(join(out, name))
-    try:
-        with fs.open(path, "rb") as file:
-            yield from pq.ParquetFile(file).iter_batches(8192, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{out}: {name} is damaged ({error}); index into a new folder") from error

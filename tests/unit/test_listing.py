@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -74,24 +73,6 @@ def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     yield root, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """A bucket of a server on this machine."""
-    pytest.importorskip("s3fs", reason="no s3fs; install it: pip install -e '.[s3]'")
-    server = pytest.importorskip("moto.server", reason="no moto; install it to test S3: pip install 'moto[server]'").ThreadedMotoServer(
-        port=0
-    )
-    server.start()
-    host, port = server.get_host_and_port()
-    before = dict(fsspec.config.conf)
-    fsspec.config.conf["s3"] = {"endpoint_url": f"http://{host}:{port}", "key": "k", "secret": "s"}
-    fsspec.filesystem("s3").mkdir("archive")
-    yield "s3://archive"
-    fsspec.config.conf.clear()
-    fsspec.config.conf.update(before)
-    server.stop()
 
 
 def fill(root: Path, names: dict[str, bool] = ARCHIVE) -> Path:
