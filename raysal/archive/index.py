@@ -116,7 +116,7 @@ def index(
                 run.list_all(known)
                 run.publish(known, prune)
         except BaseException:
-            with contextlib.suppress(OSError, InputError):
+            with contextlib.suppress(Exception):  # what went wrong is to be told, not that tidying up did too
                 sweep(out, all_of_it=fresh)
             raise
     return run.summary(time.perf_counter() - started)
@@ -254,7 +254,7 @@ class _Run:
                 keep.append(state != CHANGED and not (gone and prune))
         if all(keep):
             return None
-        return pa.Table.frombatches(batches(self.out, name, None)).filter(pa.array(keep))
+        return pa.Table.from_batches(batches(self.out, name, None)).filter(pa.array(keep))
 
     def _tally(self) -> Tally:
         """Of all places together."""

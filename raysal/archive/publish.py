@@ -102,6 +102,6 @@ def batches(out: str, name: str, columns: list[str] | None) -> Iterator[pa.Recor
     fs, path = open_fs(join(out, name))
     try:
         with fs.open(path, "rb") as file:
-            yield from pq.ParquetFile(file).iterbatches(8192, columns=columns)
+            yield from pq.ParquetFile(file).iter_batches(8192, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{out}: {name} is damaged ({error}); index into a new folder") from error
