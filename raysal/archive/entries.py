@@ -87,9 +87,7 @@ def entry_of(uri: str, info: dict[str, Any]) -> Entry:
     etag = next((str(info[k]) for k in TAGS if info.get(k)), None)
     if etag is None and info.get("crc") is not None:
         etag = f"{info['crc']:08x}"
-    when = next(
-        (info[k] for k in ("mtime", "LastModified", "last_modified", "updated", "Last-Modified", "created", "date") if info.get(k)), None
-    )
+    when = next((info[k] for k in TIMES if info.get(k)), None)
     size = info.get("size")
     return Entry(uri, None if size is None else int(size), etag.strip('"') if etag else None, utc(when))
 

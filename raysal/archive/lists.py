@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysal.archive.entries import Entry, Tally, utc
@@ -47,7 +46,9 @@ def list_entries(fs: Any, path: str, uri: str, tally: Tally) -> Iterator[Entry]:
             for where, row in rows(file, uri):
                 if (entry := _entry(row, base, f"{uri}:{where}", tally)) is not None:
                     yield entry
-    except (OSError, pa.ArrowException) as error:
+    except InputError:
+        raise
+    except Exception as error:  # drivers raise their own types; every one means that the list can't be read
         raise InputError(f"{uri}: can't be read as a list of URIs ({error}); give text, CSV or Parquet with a column uri") from error
 
 
@@ -112,7 +113,10 @@ def _csv(file: Any, uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if len(head) > 1:
                 raise InputError(f"{uri}: no column uri in {', '.join(head[:8])}; name the column of URIs uri, or give that one alone")
             columns = ["uri"]
-        yield number, {"uri": None, **dict(zip(columns, cells, strict=False))}
+        if columns == ["uri"] and len(cells) > 1:  # a comma in a name, not quoted as there is nothing to tell apart
+            cells = [line]
+        row: dict[str, Any] = dict(zip(columns, cells, strict=False)) if len(cells) <= len(columns) else {}
+        yield number, {"uri": None, **row}
 
 
 def _parquet(file: Any, uri: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -393,6 +393,15 @@ def test_a_list_may_tell_size_tag_and_time(tmp_path: Path) -> None:
     assert entries == [Entry("s3://b/1.jpg", 0, "abc", datetime(2021, 2, 18, 20, 55, tzinfo=timezone.utc)), Entry("s3://b/2.jpg")]
 
 
+def test_a_comma_in_a_name_cuts_no_uri_short(tmp_path: Path) -> None:
+    """In a list of one column it is part of the name; among other columns it must be quoted, or the line is noted."""
+    (tmp_path / "one.csv").write_text('s3://b/x.jpg\ns3://b/1,2.jpg\n"s3://b/3,4.jpg"\n')
+    assert [e.uri for e in listed(str(tmp_path / "one.csv"))[0]] == ["s3://b/x.jpg", "s3://b/1,2.jpg", "s3://b/3,4.jpg"]
+    (tmp_path / "two.csv").write_text('sol,uri\n1,s3://b/1,2.jpg\n1,"s3://b/3,4.jpg"\n1\n')
+    entries, tally = listed(str(tmp_path / "two.csv"))
+    assert [e.uri for e in entries] == ["s3://b/3,4.jpg"] and tally.unreadable == 2
+
+
 @pytest.mark.parametrize("name", ["l.txt", "l.csv"])
 def test_a_list_with_garbage_keeps_every_good_line(tmp_path: Path, name: str) -> None:
     """Bytes that are no text, stray quotation marks, a line without end, unknown schemes: each costs its own line."""
