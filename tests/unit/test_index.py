@@ -24,7 +24,7 @@ from raysal.archive.uris import absolute, list_names, open_fs, read_bytes, remov
 from raysal.cli import main
 from raysal.errors import InputError, ResourceError
 from raysal.rounds.single import open_manifest
-from raysal.stream.pool import _check_manifest
+from raysal.stream.job import _check_manifest
 from tests.manifests import fill, record, rows_in, uris
 
 NAVCAM = "NLB_516721703EDR_{}0540992CCAM15900M1.JPG"
