@@ -26,6 +26,7 @@ WORDS = {
     "final": "last training",
     "audit": "checking random masks with experts' labels",
     "synth": "drawing scenes",
+    "index": "listing the archive",
 }
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""
@@ -81,7 +82,7 @@ class Ui:
         elif what == "kept":
             self.say(f"{self._title} - done before")
 
-    def progress(self, done: int, total: int, numbers: dict) -> None:
+    def progress(self, done: int, total: int | None, numbers: dict) -> None:
         note = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in numbers.items() if k in ("loss", "images_per_second"))
         if self._bar is not None:
             if self._task is None:
@@ -89,7 +90,7 @@ class Ui:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._said >= PLAIN_EVERY_S or (done == total and self._said):
             self._said = time.monotonic()
-            self.say(f"  {done}/{total}" + (f"  {note}" if note else ""))
+            self.say((f"  {done}" if total is None else f"  {done}/{total}") + (f"  {note}" if note else ""))
 
     def round(self, metrics: dict) -> None:
         value = "-" if metrics["miou"] is None else f"{metrics['miou']:.3f}"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import errno
+import fcntl
+import functools
 import os
 import posixpath
 import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
@@ -36,6 +41,49 @@ def absolute(uri: str) -> str:
     """The canonical form: absolute for local paths, scheme and path elsewhere."""
     fs, path = open_fs(uri)
     return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+
+
+def canonical(uri: str, base: str = "") -> str:
+    """One spelling for each file, found without asking its store, so that two names of one file are seen to be the same.
+
+    Local paths become absolute, without ``.``, ``..`` and doubled slashes; other schemes get their first name (``s3a`` is ``s3``).
+
+    Args:
+        uri: A path or URI, also a chained one such as ``zip://a.jpg::file.zip``.
+        base: Folder that relative paths start from, a path or URI; empty for the working folder.
+
+    Raises:
+        InputError: There is no such scheme.
+    """
+    if "::" in uri:
+        first, rest = uri.split("::", 1)
+        return f"{first if '://' in first else f'{first}://'}::{canonical(rest, base)}"
+    scheme, found, path = uri.partition("://")
+    if not found:
+        if uri.startswith(("/", "~")) or "://" not in base:
+            return os.path.normpath(os.path.join(os.path.abspath(base), os.path.expanduser(uri)))
+        return canonical(join(base, uri))
+    names, strip = _scheme(scheme.lower())
+    if "file" in names:
+        return canonical(path)
+    if "http" in names:
+        return f"{scheme.lower()}://{path}"
+    stripped = strip(f"{names[0]}://{path}")
+    return stripped if "://" in stripped else f"{names[0]}://{stripped}"
+
+
+@functools.cache
+def _scheme(scheme: str) -> tuple[tuple[str, ...], Callable[[str], str]]:
+    """The names of a scheme, the first one first, and what its driver makes of a URI; a missing driver makes nothing of it."""
+    if scheme not in fsspec.available_protocols():
+        near = difflib.get_close_matches(scheme, fsspec.available_protocols(), 1)
+        raise InputError(f"{scheme}://: there is no such kind of store{f'; did you mean {near[0]}://?' if near else ''}")
+    try:
+        kind = fsspec.get_filesystem_class(scheme)
+    except ImportError:
+        return (scheme,), lambda uri: uri
+    names = (kind.protocol,) if isinstance(kind.protocol, str) else tuple(kind.protocol)
+    return names, kind._strip_protocol
 
 
 def join(base: str, *parts: str) -> str:
@@ -133,6 +181,51 @@ def _cause(error: OSError) -> str:
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return f"{error.strerror or error}; name a place where you may write, or ask for the right to"
     return f"{error.strerror or error}; name a place where files can be made"
+
+
+def move(source: str, target: str) -> None:
+    """Renames a file in its store, over an older one; nothing where there is no source. Readers see either file, never half of one.
+
+    Raises:
+        InputError: It can't be written there.
+    """
+    fs, path = open_fs(source)
+    other = open_fs(target)[1]
+    try:
+        if isinstance(fs, LocalFileSystem):
+            os.replace(path, other)
+        elif fs.exists(path):
+            fs.copy(path, other)
+            fs.rm(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{target}: can't be written: {_cause(error)}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: str, busy: str) -> Iterator[None]:
+    """Keeps other processes off a local folder, which is made where it is missing; the lock ends with the process, however it ends.
+
+    Object stores have no locks: one writer is the operator's promise there.
+
+    Raises:
+        InputError: `busy`, where another process holds the lock; or no folder can be made.
+    """
+    if not is_local(folder):
+        yield
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, ".lock"), "a+")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise InputError(f"{folder}: no folder can be made there ({error.strerror}); name another one") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: {busy}") from error
+        yield
 
 
 def remove_tree(uri: str) -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from raysal.cli.archive import index
+from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set
 from raysal.config import Config, load
 from raysal.errors import ConfigError, RaysalError
 from raysal.progress import Ui, interval
@@ -20,14 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turns a mission's archive of rover images and about 3% of hand labels into masks for every image.",
 )
-
-Set = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config value, for example --set train.steps=200. Repeatable.")
-]
-ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file; see configs/ for examples and raysal/config.py for every knob.")]
-OptionalConfig = Annotated[Path | None, typer.Option("--config", help="YAML file for the knobs of this stage; defaults otherwise.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout; logs go to stderr.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate of time from a short measurement; change nothing.")]
 
 
 @app.command()
@@ -213,6 +207,9 @@ def label(
             ui.result({"labels": out, **summary.to_dict()}, f"labels {out}: {summary}")
 
 
+app.command()(index)
+
+
 @app.command()
 def query(
     scores: Annotated[str, typer.Argument(help="Scores table: a folder or file of Parquet.")],
@@ -283,7 +280,7 @@ def report(run: Annotated[str, typer.Argument(help="Run folder.")], json_: Json 
 
 def packaged_config(name: str) -> Path:
     """A configuration that ships with raysal: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     for folder in (here / "configs", here.parent / "configs"):
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
