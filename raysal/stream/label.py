@@ -52,17 +52,18 @@ def label_pool(
         InputError: Manifest, checkpoint, output folder or cluster can't be used; found before any long work.
         RaysalError: The run broke down.
     """
+    info = read_info(checkpoint_uri)
     summary = run_pool(
         LabelImages,
         manifest,
         checkpoint_uri,
         out_uri,
-        schema=labels_schema(),
+        schema=labels_schema(info.label_set),
         cfg=cfg,
         on_progress=on_progress,
         rows_per_shard=rows_per_shard,
     )
-    measured = read_info(checkpoint_uri).parents.get("metrics")
+    measured = info.parents.get("metrics")
     write_bytes(join(out_uri, TRUST), json.dumps({"model_digest": summary.model_digest, "val": measured}, indent=1).encode())
     return summary
 
