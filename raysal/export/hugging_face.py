@@ -103,7 +103,8 @@ def _image(job: Job, image: Labelled) -> Row:
     known = image.row["source_sha256"]
     if known is not None and hashlib.sha256(data).hexdigest() != known:
         raise ImageError("changed", f"{image.uri}: the file is not the one that was labelled; label it again")
-    return {"bytes": image_file(data, job.max_pixels, image.uri), "path": f"{image.id}{_extension(image.uri)}"}
+    kept = image_file(data, job.max_pixels, image.uri)
+    return {"bytes": kept, "path": image.id + (_extension(image.uri) if kept is data else ".png")}
 
 
 def _extension(uri: str) -> str:
