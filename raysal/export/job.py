@@ -191,7 +191,7 @@ def parts(items: Iterable[T], weight: Callable[[T], int], limit: int) -> Iterato
 
 
 def csv_line(*values: str) -> bytes:
-    """One line of CSV, quoted where needed."""
+    """One line of CSV, quoted where needed; its line ends are CSV's own, as else a lone carriage return would go unquoted."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
+    csv.writer(text).writerow(values)
     return text.getvalue().encode()

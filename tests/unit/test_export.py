@@ -87,7 +87,7 @@ def test_any_store_takes_an_export(labels: str, tmp_path: Path, format_: str) ->
 
 
 def test_names_lead_back_to_images(tmp_path: Path) -> None:
-    uris = ["/m/x/a.jpg", "/m/y/a.jpg", '/m/x/=b, "c".jpg', "/m/x/火 星.jpg"]
+    uris = ["/m/x/a.jpg", "/m/y/a.jpg", '/m/x/=b, "c".jpg', "/m/x/火 星.jpg", "/m/x/d\r.jpg", "/m/x/e\nf,g.jpg"]
     labels = put_labels(str(tmp_path / "labels"), [row(u, mask(i % 3)) for i, u in enumerate(uris)])
     export_labels(labels, "png", str(tmp_path / "out"))
     with open(tmp_path / "out/names.csv", newline="", encoding="utf-8") as file:
