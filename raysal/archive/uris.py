@@ -7,6 +7,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import io
 import os
 import posixpath
 import uuid
@@ -15,6 +16,7 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from raysal.errors import ImageError, InputError, RaysalError
 
@@ -144,17 +146,97 @@ def write_bytes(uri: str, data: bytes) -> None:
         RaysalError: The store does not answer.
     """
     fs, path = open_fs(uri)
-    try:
+    with write_errors(uri, f"for {len(data)} bytes"):
         if isinstance(fs, LocalFileSystem):
             _write_local(path, data)
         else:
             fs.pipe_file(path, data)
+
+
+@contextlib.contextmanager
+def write_stream(uri: str) -> Iterator[io.RawIOBase]:
+    """Opens a file to write piece by piece, for what is too large to hold. It shows under its name, whole, when the block ends well.
+
+    A local file grows under a temporary name; an object store shows an object once its upload is completed. A block that fails
+    leaves nothing; a killed process leaves at most the temporary file, ``NAME.xxxxxxxx.tmp``.
+
+    Raises:
+        InputError, RaysalError: As `write_bytes`, also from the stream's ``write``.
+    """
+    fs, path = open_fs(uri)
+    local = isinstance(fs, LocalFileSystem)
+    target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if local else path
+    with write_errors(uri):
+        if local:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        file = open(target, "wb", buffering=2**20) if local else fs.open(path, "wb")  # noqa: SIM115 - closed or called off below
+    stream = _Stream(uri, file)
+    try:
+        yield stream
+        with write_errors(uri, f"after {stream.tell()} bytes"):
+            if local:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+            if local:
+                os.replace(target, path)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the reason is on its way already
+            _call_off(fs, file, target)
+        raise
+
+
+@contextlib.contextmanager
+def write_errors(uri: str, needed: str = "") -> Iterator[None]:
+    """Turns a failed write into the error that a user understands.
+
+    Args:
+        uri: What was written.
+        needed: What there was no space for, for example "for 100 bytes".
+
+    Raises:
+        InputError, RaysalError: As `write_bytes`.
+    """
+    try:
+        yield
     except (ConnectionError, TimeoutError) as error:
         raise RaysalError(f"{uri}: can't be written: {error}; run the same command again once the store answers") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise InputError(f"{uri}: no space left for {len(data)} bytes; free some and run the same command again") from error
+            raise InputError(f"{uri}: no space left {needed}".rstrip() + "; free some and run the same command again") from error
         raise InputError(f"{uri}: can't be written: {_cause(error)}") from error
+
+
+class _Stream(io.RawIOBase):
+    """A file to write from front to back, whose errors say which file it was."""
+
+    def __init__(self, uri: str, file: Any) -> None:
+        self._uri, self._file, self._size = uri, file, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        with write_errors(self._uri, f"after {self._size} bytes"):
+            self._file.write(data)
+        self._size += size
+        return size
+
+
+def _call_off(fs: fsspec.AbstractFileSystem, file: Any, target: str) -> None:
+    """Leaves nothing of a file that was not finished."""
+    if isinstance(file, AbstractBufferedFile):
+        file.closed = True  # closing it, or its end by garbage collection, would complete the upload
+        file.discard()
+        return
+    try:
+        file.close()
+    finally:
+        fs.rm_file(target)
 
 
 def _write_local(path: str, data: bytes) -> None:
