@@ -19,11 +19,9 @@ from raysal.images.masks import encode_mask
 from raysal.labels import IGNORE
 from raysal.model.checkpoint import ModelInfo, read_info
 from raysal.model.metrics import ClassReliability
+from raysal.stream.output import TRUST
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
-
-TRUST = "_trust.json"
-"""File beside the shards: how far the masks can be trusted, as far as it is known."""
 
 
 def label_pool(
@@ -60,14 +58,15 @@ def label_pool(
         InputError: Manifest, checkpoint, output folder or cluster can't be used; found before any long work.
         RaysalError: The run broke down.
     """
+    info = read_info(checkpoint_uri)
     if cfg.label.precision is not None:
-        calibration(read_info(checkpoint_uri), checkpoint_uri)  # refused before any work
+        calibration(info, checkpoint_uri)  # refused before any work
     summary = run_pool(
         LabelImages,
         manifest,
         checkpoint_uri,
         out_uri,
-        schema=labels_schema(),
+        schema=labels_schema(info.label_set),
         cfg=cfg,
         on_progress=on_progress,
         rows_per_shard=rows_per_shard,

@@ -14,7 +14,8 @@ import pytest
 
 from raysal.archive import tables
 from raysal.archive.uris import read_bytes, write_bytes
-from raysal.errors import InputError
+from raysal.errors import DataError, InputError
+from raysal.labels import S5MARS
 
 SCORES = ("entropy", "uncertainty")
 
@@ -174,3 +175,28 @@ def test_files_that_disagree_are_refused(folder: str) -> None:
 def test_parquet_of_other_programs_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "x.parquet")
     assert tables.read_table(str(tmp_path)).column("id").to_pylist() == ["a"]
+
+
+def test_scores_and_labels_carry_their_classes(tmp_path: Path) -> None:
+    for name, schema in (("scores", tables.scores_schema(SCORES, 0, S5MARS)), ("labels", tables.labels_schema(S5MARS))):
+        tables.write_table(str(tmp_path / f"{name}.parquet"), schema.empty_table())
+        read = tables.read_schema(str(tmp_path / f"{name}.parquet"))
+        assert read.equals(schema, check_metadata=True) and tables.label_set_in(read) == S5MARS
+    assert tables.label_set_in(tables.labels_schema()) is None
+    with pytest.raises(DataError, match="label set 'table' is not JSON"):
+        tables.label_set_in(tables.labels_schema().with_metadata({tables.LABEL_SET: "half {"}))
+
+
+def test_a_table_is_scanned_row_by_row_as_it_is_read(folder: str) -> None:
+    for name, ids in (("b", "cde"), ("a", "ab"), ("_hidden", "x")):
+        tables.write_table(f"{folder}/{name}.parquet", manifest(*ids))
+    batches = list(tables.scan_table(folder, ["id"], 2))
+    assert [batch["id"].to_pylist() for batch in batches] == [["a", "b"], ["c", "d"], ["e"]]
+    assert all(batch.schema.names == ["id"] and batch.schema.metadata[b"raysal_table"] == b"manifest" for batch in batches)
+    with pytest.raises(InputError, match="a manifest table without column mask_png"):
+        next(tables.scan_table(folder, ["id"], 2, needed=["mask_png"]))
+    write_bytes(f"{folder}/c.parquet", b"PAR1 half")
+    with pytest.raises(InputError, match=r"c\.parquet: not a whole Parquet file"):
+        list(tables.scan_table(folder, ["id"], 2))
+    with pytest.raises(InputError, match="does not exist"):
+        tables.read_schema(f"{folder}/none.parquet")
