@@ -277,6 +277,7 @@ def report(
 
     ui = _ui(json_)
     with ui:
+        ui.stage(None, "report", "start", 0)
         page = build(folder, manifest, out, lambda done, total: ui.progress(done, total, {}))
     ui.result({"report": page}, f"report {page}")
 

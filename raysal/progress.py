@@ -26,6 +26,7 @@ WORDS = {
     "final": "last training",
     "audit": "checking random masks with experts' labels",
     "synth": "drawing scenes",
+    "report": "writing the report",
 }
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""

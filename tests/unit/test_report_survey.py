@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import sys
+import uuid
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from raysal.archive.tables import labels_schema, read_table, scores_schema, write_table
+from raysal.archive.uris import read_bytes, write_bytes
 from raysal.cli import main
 from raysal.errors import InputError
 from raysal.images.masks import encode_mask
@@ -293,6 +295,21 @@ def test_a_report_can_be_written_elsewhere_and_from_the_command_line(
     assert not ended.value.code
     assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "here/index.html")}
     assert (tmp_path / "here/coverage.png").exists()
+
+
+def test_a_folder_in_a_store_gives_the_same_page_there(labels: Path, quick: None) -> None:
+    place = f"memory://{uuid.uuid4().hex}/labels"
+    for path in labels.iterdir():
+        write_bytes(f"{place}/{path.name}", path.read_bytes())
+    here, there = survey(str(labels)), survey(place)
+    for name in ("ok", "pixels", "kept", "label_set", "trust", "success", "first", "last", "notes"):
+        assert getattr(there, name) == getattr(here, name), name
+    assert [one.uri for one in there.doubtful] == [one.uri for one in here.doubtful]
+    assert there.failed.all == here.failed.all
+    done: list[tuple[int, int]] = []
+    assert build(f"{place}/", on_progress=lambda *counts: done.append(counts)) == f"{place}-report/index.html"
+    assert done == [(i + 1, 4) for i in range(4)]
+    assert b"scene_015.png under its mask" in read_bytes(f"{place}-report/index.html")
 
 
 # --- half a folder, and damaged files ---------------------------------------------------------------------------------
