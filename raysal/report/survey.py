@@ -136,7 +136,8 @@ class Survey(Notes):
         """Adds rows of a shard, from row `start` on."""
         ok_N = pc.fill_null(pc.equal(batch["status"], "ok"), False).to_numpy(zero_copy_only=False)
         for i in np.flatnonzero(~ok_N).tolist():
-            self.failed.add(*(str(batch[name][i].as_py() or "") for name in ("status", "uri", "error")))
+            status, uri, error = (str(batch[name][i].as_py() or "") for name in ("status", "uri", "error"))
+            self.failed.add(status, uri, error)
         self._date(batch)
         batch = batch.filter(pa.array(ok_N))
         rows_N = start + np.flatnonzero(ok_N)
@@ -157,11 +158,17 @@ class Survey(Notes):
         doubt_N = self._doubt(columns)
 
         def shown(i: int) -> Shown:
-            size = tuple(int(v) if math.isfinite(v := number(batch[c][i].as_py())) else 0 for c in ("width", "height"))
-            found = {name: float(values[i]) for name, values in columns.items()}
-            fractions = fractions_NC[i] if whole_N[i] else None
-            texts = (str(batch[c][i].as_py() or "") for c in ("id", "uri"))
-            return Shown(*texts, shard, int(rows_N[i]), (size[0], size[1]), found, fractions)
+            id_, uri, width, height = (batch[name][i].as_py() for name in ("id", "uri", "width", "height"))
+            numbers = {name: float(values_N[i]) for name, values_N in columns.items()}
+            return Shown(
+                str(id_),
+                str(uri),
+                shard,
+                int(rows_N[i]),
+                (width or 0, height or 0),
+                numbers,
+                fractions_NC[i].copy() if whole_N[i] else None,
+            )
 
         self._certain.add(doubt_N, shown)
         self._doubtful.add(doubt_N, shown)

@@ -7,16 +7,18 @@ import json
 import re
 import sys
 import uuid
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
-from raysal.archive.tables import labels_schema, read_table, scores_schema, write_table
-from raysal.archive.uris import read_bytes, write_bytes
+from raysal.archive.tables import labels_schema, read_table, scan_table, scores_schema, write_table
+from raysal.archive.uris import absolute, read_bytes, write_bytes
 from raysal.cli import main
 from raysal.errors import InputError
 from raysal.images.masks import encode_mask
@@ -307,7 +309,7 @@ def test_a_folder_in_a_store_gives_the_same_page_there(labels: Path, quick: None
     assert [one.uri for one in there.doubtful] == [one.uri for one in here.doubtful]
     assert there.failed.all == here.failed.all
     done: list[tuple[int, int]] = []
-    assert build(f"{place}/", on_progress=lambda *counts: done.append(counts)) == f"{place}-report/index.html"
+    assert build(f"{place}/", on_progress=lambda *counts: done.append(counts)) == f"{absolute(place)}-report/index.html"
     assert done == [(i + 1, 4) for i in range(4)]
     assert b"scene_015.png under its mask" in read_bytes(f"{place}-report/index.html")
 
@@ -503,6 +505,21 @@ def test_a_hundred_thousand_rows_take_no_more_memory_than_ten_thousand(tmp_path:
         kept = len(found.certain) + len(found.doubtful) + sum(len(h._counts) for h in found.distributions.values())
         assert kept < 5000
     assert most[1] < most[0] + 8 * 2**20, most
+
+
+def test_no_mask_is_read_but_those_that_are_shown(labels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def watched(uri: str, columns: Sequence[str], *more: Any) -> Iterator[pa.RecordBatch]:
+        asked.extend(columns)
+        return scan_table(uri, columns, *more)
+
+    monkeypatch.setattr("raysal.report.survey.scan_table", watched)
+    found = survey(str(labels))
+    assert "uri" in asked and "mask_png" not in asked
+    monkeypatch.setattr("raysal.report.survey_page.scan_table", watched)
+    looks(found, found.certain)
+    assert asked.count("mask_png") == len(found.certain)
 
 
 def test_a_page_of_a_hundred_thousand_rows_stays_light(tmp_path: Path) -> None:
