@@ -28,6 +28,7 @@ WORDS = {
     "synth": "drawing scenes",
     "index": "listing the archive",
     "export": "writing masks out",
+    "report": "writing the report",
 }
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""

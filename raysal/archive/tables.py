@@ -24,7 +24,7 @@ from raysal.labels import LabelSet
 VERSION = 1
 TIME = pa.timestamp("us", tz="UTC")
 LABEL_SET = "label_set"
-"""Key of the schema's metadata under which a labels table keeps its label set, as JSON (`raysal.labels.LabelSet.to_dict`)."""
+"""Key of the schema's metadata under which a table keeps its label set, as JSON (`raysal.labels.LabelSet.to_dict`)."""
 
 
 class ManifestItem(Protocol):
@@ -63,12 +63,13 @@ def manifest_schema() -> pa.Schema:
     )
 
 
-def scores_schema(score_names: Sequence[str], embedding_dim: int = 0) -> pa.Schema:
+def scores_schema(score_names: Sequence[str], embedding_dim: int = 0, label_set: LabelSet | None = None) -> pa.Schema:
     """One row an image of a scored pool; null scores where the status is not ``ok``.
 
     Args:
         score_names: One float64 column each, in this order.
         embedding_dim: Length of the float16 ``embedding``; 0 leaves the column out.
+        label_set: What the places of ``class_fractions`` mean; goes into the schema's metadata, as in `labels_schema`.
 
     Raises:
         InputError: A score name twice, or the name of another column.
@@ -78,7 +79,7 @@ def scores_schema(score_names: Sequence[str], embedding_dim: int = 0) -> pa.Sche
     if embedding_dim:
         tail.append(("embedding", _list(pa.float16(), embedding_dim)))
     tail += [("model_digest", pa.string()), ("scored_at", TIME)]
-    schema = _schema("scores", [*head, *((name, pa.float64()) for name in score_names), *tail])
+    schema = _schema("scores", [*head, *((name, pa.float64()) for name in score_names), *tail], _carried(label_set))
     if twice := sorted({n for n in schema.names if schema.names.count(n) > 1}):
         raise InputError(f"score.scores: {', '.join(twice)} names a column twice; name each score once")
     return schema
@@ -123,14 +124,14 @@ def labels_schema(label_set: LabelSet | None = None) -> pa.Schema:
             ("raysal_version", pa.string()),
             ("labeled_at", TIME),
         ],
-        {} if label_set is None else {LABEL_SET: json.dumps(label_set.to_dict())},
+        _carried(label_set),
     )
 
 
 def label_set_in(schema: pa.Schema) -> LabelSet | None:
-    """The label set that a labels table carries, None where it carries none. Raises DataError where it can't be read."""
+    """The label set that a table of scores or labels carries, None where it carries none. Raises DataError where it can't be read."""
     text = (schema.metadata or {}).get(LABEL_SET.encode())
-    return None if text is None else LabelSet.from_json(text, "labels")
+    return None if text is None else LabelSet.from_json(text, "table")
 
 
 def manifest_of(items: Iterable[ManifestItem]) -> pa.Table:
@@ -158,6 +159,14 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         return pa.concat_tables(tables, promote_options="default")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InputError(f"{uri}: its {len(files)} files have different columns ({error}); keep one table to a folder") from error
+
+
+def read_schema(uri: str) -> pa.Schema:
+    """The columns of a table's first file, with what its metadata says. Raises InputError as `read_table` does."""
+    fs, files = _files(uri)
+    name, path = files[0]
+    with _reading(name), fs.open(path, "rb") as stream:
+        return _checked(pq.ParquetFile(stream), (), name)
 
 
 def scan_table(uri: str, columns: Sequence[str], rows: int, needed: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
@@ -190,6 +199,10 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 def _schema(table: str, fields: list, more: dict[str, str] | None = None) -> pa.Schema:
     return pa.schema(fields, metadata={"raysal_table": table, "version": str(VERSION), **(more or {})})
+
+
+def _carried(label_set: LabelSet | None) -> dict[str, str]:
+    return {} if label_set is None else {LABEL_SET: json.dumps(label_set.to_dict())}
 
 
 def _list(kind: pa.DataType, length: int = -1) -> pa.DataType:

@@ -299,8 +299,15 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(help="Run folder.")], json_: Json = False) -> None:
-    """The HTML report of a run: learning curve, per-class IoU, what was asked for, good and bad cases.
+def report(
+    folder: Annotated[str, typer.Argument(help="Run folder, or folder of scores or labels.")],
+    manifest: Annotated[
+        str | None, typer.Option(help="Scores and labels: manifest with sols (else sites, groups) for the class map.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write to. Default: report/ in a run, FOLDER-report beside a table.")] = None,
+    json_: Json = False,
+) -> None:
+    """The HTML report of a run, or of what raysal score or raysal label wrote: distributions, class maps, good and bad cases, failures.
 
     Example: raysal report runs/demo
     """
@@ -308,7 +315,8 @@ def report(run: Annotated[str, typer.Argument(help="Run folder.")], json_: Json 
 
     ui = _ui(json_)
     with ui:
-        page = build(run)
+        ui.stage(None, "report", "start", 0)
+        page = build(folder, manifest, out, lambda done, total: ui.progress(done, total, {}))
     ui.result({"report": page}, f"report {page}")
 
 

@@ -20,11 +20,9 @@ from raysal.labels import IGNORE
 from raysal.model.checkpoint import ModelInfo, read_info
 from raysal.model.metrics import ClassReliability
 from raysal.stream.forecast import Forecast, forecast
+from raysal.stream.output import TRUST
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
-
-TRUST = "_trust.json"
-"""File beside the shards: how far the masks can be trusted, as far as it is known."""
 
 
 def label_pool(

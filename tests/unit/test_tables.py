@@ -14,7 +14,7 @@ import pytest
 
 from raysal.archive import tables
 from raysal.archive.uris import read_bytes, write_bytes
-from raysal.errors import InputError
+from raysal.errors import DataError, InputError
 from raysal.labels import S5MARS
 
 SCORES = ("entropy", "uncertainty")
@@ -193,12 +193,18 @@ def test_a_scan_refuses_what_reading_refuses(folder: str) -> None:
         list(tables.scan_table(f"{folder}/nothing", ["id"], 5))
 
 
-def test_labels_carry_what_their_class_ids_mean(folder: str) -> None:
-    tables.write_table(f"{folder}/l.parquet", tables.labels_schema(S5MARS).empty_table())
-    assert tables.label_set_in(tables.read_table(folder).schema) == S5MARS
-    assert tables.label_set_in(tables.labels_schema()) is None
-
-
 def test_parquet_of_other_programs_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "x.parquet")
     assert tables.read_table(str(tmp_path)).column("id").to_pylist() == ["a"]
+
+
+def test_scores_and_labels_carry_their_classes(tmp_path: Path) -> None:
+    for name, schema in (("scores", tables.scores_schema(SCORES, 0, S5MARS)), ("labels", tables.labels_schema(S5MARS))):
+        tables.write_table(str(tmp_path / f"{name}.parquet"), schema.empty_table())
+        read = tables.read_schema(str(tmp_path / f"{name}.parquet"))
+        assert read.equals(schema, check_metadata=True) and tables.label_set_in(read) == S5MARS
+    assert tables.label_set_in(tables.labels_schema()) is None
+    with pytest.raises(InputError, match="does not exist"):
+        tables.read_schema(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="label set 'table' is not JSON"):
+        tables.label_set_in(tables.labels_schema().with_metadata({tables.LABEL_SET: "half {"}))
