@@ -168,18 +168,19 @@ def tables(found: Found, paper: dict[str, float | None], comparisons: list[Compa
     folds = [c.split.fold for c in comparisons if c.split.fold]
     where = "val" if not folds else "folds of the pool's sites: " + ", ".join(f"{k}/{n}" for k, n in folds)
     train = first.cfg.train
+    worth = table.worth_table(found)
     codes = sorted({p.record["commit"] for seeds_ in found.values() for points in seeds_ for p in points})
-    return "\n\n".join(
-        [
-            f"{', '.join(f'{len(c.names):,}' for c in comparisons)} images to buy from, {first.initial} labels at first, {first.final} at "
-            f"last; measured on {where}; {seeds} seeds; {train.steps} steps of {train.batch_labeled} labelled images a training, which is "
-            f"{train.steps * train.batch_labeled / len(first.names):.2f} passes over the whole pool where all of it is labelled. "
-            f"Code: {', '.join(codes)}.",
-            table.main_table(found, paper),
-            "IoU by class:\n\n" + table.class_table(found),
-            "What was bought (means; the masks were looked at afterwards):\n\n" + table.bought_table(found),
-        ]
-    )
+    parts = [
+        f"{', '.join(f'{len(c.names):,}' for c in comparisons)} images to buy from, {first.initial} labels at first, {first.final} at "
+        f"last; measured on {where}; {seeds} seeds; {train.steps} steps of {train.batch_labeled} labelled images a training, which is "
+        f"{train.steps * train.batch_labeled / len(first.names):.2f} passes over the whole pool where all of it is labelled. "
+        f"Code: {', '.join(codes)}.",
+        table.main_table(found, paper),
+        "IoU by class:\n\n" + table.class_table(found),
+        "What was bought (means; the masks were looked at afterwards):\n\n" + table.bought_table(found),
+        "Does a class gain where more labelled images show it? Spearman's rank correlation:\n\n" + worth if worth else "",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def keep(found: Found, paper: dict[str, float | None], comparison: Comparison, text: str, args: argparse.Namespace) -> None:

@@ -136,6 +136,32 @@ def bought_table(found: Found) -> str:
     return table(["images with", *classes, "classes not seen", "panoramas", "sites"], rows)
 
 
+def worth_table(found: Found) -> str:
+    """Whether a class gains where more of the labelled images show it: rank correlations over all last trainings of rows that bought.
+
+    Rows that train otherwise (without the unlabelled loss, on all labels) are left out; a dash where a column is constant.
+    """
+    bought = [points[-1].record for seeds in found.values() for points in seeds if len(points) > 1]
+    if len(bought) < 4:
+        return ""
+    classes = list(bought[0]["iou"])
+    images = {c: [r["class_images"][c] for r in bought] for c in classes}
+    rows = [["labelled images that show it", *(f"{statistics.mean(images[c]):.1f} ± {statistics.stdev(images[c]):.1f}" for c in classes)]]
+    for where, told in (("val", bought), ("rest of the pool", [r["rest"] for r in bought if r.get("rest")])):
+        if len(told) == len(bought):
+            rows.append(
+                [f"correlation with IoU on {where}", *(_correlation(images[c], [r["iou"][c] or 0.0 for r in told]) for c in classes)]
+            )
+    return table([f"{len(bought)} trainings", *classes], rows)
+
+
+def _correlation(x: Sequence[float], y: Sequence[float]) -> str:
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return "-"
+    found = stats.spearmanr(x, y)
+    return f"{found.statistic:+.2f} (p {found.pvalue:.3f})"
+
+
 def order(found: Found, paper: Mapping[str, float | None]) -> float:
     """Spearman's rank correlation of the paper's rows with ours."""
     rows = [name for name in found if paper.get(name) and name != FULL]

@@ -207,3 +207,16 @@ def test_pictures_are_drawn(program: ModuleType, comparison: Any, tmp_path: Path
     program.table.curves(found, tmp_path / "curves.png", "title")
     program.table.heat(found, tmp_path / "heat.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("curves.png", "heat.png"))
+
+
+def test_a_class_that_gains_by_its_images_is_told_from_one_that_does_not(program: ModuleType) -> None:
+    def point(rocks: int, sky: int) -> Any:
+        iou = {"rock": rocks / 10, "sky": 0.5}
+        record = {"iou": iou, "class_images": {"rock": rocks, "sky": sky}, "rest": {"iou": {"rock": 1 - rocks / 10, "sky": None}}}
+        return type("Point", (), {"record": record, "labels": 32})()
+
+    trained = [[point(0, 0), point(n, 5)] for n in (1, 4, 2, 3)]
+    alone = {"Labelled only": [[point(9, 9)]]}  # one point: it bought nothing itself
+    val, rest = program.table.worth_table({"UEQ": trained} | alone).splitlines()[3:]
+    assert val == "| correlation with IoU on val | +1.00 (p 0.000) | - |" and "| -1.00 (p 0.000) | - |" in rest
+    assert program.table.worth_table({"UEQ": trained[:3]} | alone) == ""
