@@ -26,6 +26,9 @@ WORDS = {
     "final": "last training",
     "audit": "checking random masks with experts' labels",
     "synth": "drawing scenes",
+    "index": "listing the archive",
+    "export": "writing masks out",
+    "report": "writing the report",
 }
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""
@@ -81,7 +84,7 @@ class Ui:
         elif what == "kept":
             self.say(f"{self._title} - done before")
 
-    def progress(self, done: int, total: int, numbers: dict) -> None:
+    def progress(self, done: int, total: int | None, numbers: dict) -> None:
         note = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in numbers.items() if k in ("loss", "images_per_second"))
         if self._bar is not None:
             if self._task is None:
@@ -89,7 +92,7 @@ class Ui:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._said >= PLAIN_EVERY_S or (done == total and self._said):
             self._said = time.monotonic()
-            self.say(f"  {done}/{total}" + (f"  {note}" if note else ""))
+            self.say((f"  {done}" if total is None else f"  {done}/{total}") + (f"  {note}" if note else ""))
 
     def round(self, metrics: dict) -> None:
         value = "-" if metrics["miou"] is None else f"{metrics['miou']:.3f}"
@@ -137,3 +140,48 @@ def interval(estimate: dict) -> str:
     """A value with its interval, as {value, low, high}."""
     value, low, high = ("-" if estimate[k] is None else f"{estimate[k]:.3f}" for k in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
+
+
+def number(value: Any) -> str:
+    """A score with four digits, or a dash."""
+    return "  -  " if value is None else f"{value:.4f}"
+
+
+def measured(result: dict) -> str:
+    """What an evaluation found, for people: mIoU, calibration error, IoU by class, and the confusion in percent of each true class."""
+    names = list(result["iou"])
+    widths = [max(5, len(name)) for name in names]
+    return "\n".join(
+        [
+            f"mIoU {number(result['miou'])} on {result['images']} images of {result['split']!r}",
+            f"calibration error (ECE) {number(result['calibration']['ece'])}",
+            "IoU by class:",
+            *(f"{name:>14}  {number(value)}" for name, value in result["iou"].items()),
+            "confusion, % of the pixels of each true class (rows) by predicted class (columns):",
+            " " * 14 + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True)),
+            *(
+                f"{name:>14}" + "".join(f"  {cell:>{width}}" for cell, width in zip(_shares(row), widths, strict=True))
+                for name, row in zip(names, result["confusion"], strict=True)
+            ),
+        ]
+    )
+
+
+def audited(result: dict) -> str:
+    """What an audit found, for people."""
+    lines = [
+        f"mIoU {interval(result['miou'])} of {result['population']} masks (95% interval), from {len(result['images'])} random images, "
+        f"over the {len(result['classes_known'])} of {len(result['iou'])} classes that enough of them show",
+        f"calibration error (ECE) {number(result['calibration']['ece'])}, pixel accuracy {result['accuracy']:.4f}",
+        "IoU by class:",
+        *(f"{name:>14}  {interval(value)}" for name, value in result["iou"].items()),
+    ]
+    for entry in result["abstention"]:
+        reached = "nothing kept" if entry["reached_of_all"] is None else f"{100 * entry['reached_of_all']:.1f}% right"
+        lines.append(f"kept for {100 * entry['precision']:.0f}% on val: {100 * entry['kept_of_all']:.1f}% of the pixels, {reached}")
+    return "\n".join(lines)
+
+
+def _shares(row: list[int]) -> list[str]:
+    """Percent of a row's sum; a class that no truth shows has none."""
+    return [f"{100 * n / sum(row):.1f}" if any(row) else "-" for n in row]

@@ -151,7 +151,7 @@ class Fabricator:
             rows.append(row | {"confidence": sure, "abstained": open_, "class_fractions": shares, "model_digest": digest})
         half = len(rows) // 2
         for i, part in enumerate((rows[:half], rows[half:])):
-            write_table(str(self.run / "labels" / f"part-{i}.parquet"), pa.Table.from_pylist(part, schema=labels_schema()))
+            write_table(str(self.run / "labels" / f"part-{i}.parquet"), pa.Table.from_pylist(part, schema=labels_schema(S5MARS)))
         self.stage(n, "label", 5.5, counts={"ok": len(rows)}, images_per_second=25.0)
 
     def audit(self, n: int) -> None:

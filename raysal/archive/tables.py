@@ -6,19 +6,25 @@ version than this library knows is refused instead of misread.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysal.archive.uris import open_fs, write_bytes
 from raysal.errors import InputError
+from raysal.labels import LabelSet
 
 VERSION = 1
 TIME = pa.timestamp("us", tz="UTC")
+LABEL_SET = "label_set"
+"""Key of the schema's metadata under which a table keeps its label set, as JSON (`raysal.labels.LabelSet.to_dict`)."""
 
 
 class ManifestItem(Protocol):
@@ -57,12 +63,13 @@ def manifest_schema() -> pa.Schema:
     )
 
 
-def scores_schema(score_names: Sequence[str], embedding_dim: int = 0) -> pa.Schema:
+def scores_schema(score_names: Sequence[str], embedding_dim: int = 0, label_set: LabelSet | None = None) -> pa.Schema:
     """One row an image of a scored pool; null scores where the status is not ``ok``.
 
     Args:
         score_names: One float64 column each, in this order.
         embedding_dim: Length of the float16 ``embedding``; 0 leaves the column out.
+        label_set: What the places of ``class_fractions`` mean; goes into the schema's metadata, as in `labels_schema`.
 
     Raises:
         InputError: A score name twice, or the name of another column.
@@ -72,7 +79,7 @@ def scores_schema(score_names: Sequence[str], embedding_dim: int = 0) -> pa.Sche
     if embedding_dim:
         tail.append(("embedding", _list(pa.float16(), embedding_dim)))
     tail += [("model_digest", pa.string()), ("scored_at", TIME)]
-    schema = _schema("scores", [*head, *((name, pa.float64()) for name in score_names), *tail])
+    schema = _schema("scores", [*head, *((name, pa.float64()) for name in score_names), *tail], _carried(label_set))
     if twice := sorted({n for n in schema.names if schema.names.count(n) > 1}):
         raise InputError(f"score.scores: {', '.join(twice)} names a column twice; name each score once")
     return schema
@@ -95,8 +102,12 @@ def queue_schema() -> pa.Schema:
     )
 
 
-def labels_schema() -> pa.Schema:
-    """One row an image labeled; ``mask_png`` holds class ids at the image's own size, 255 = abstained."""
+def labels_schema(label_set: LabelSet | None = None) -> pa.Schema:
+    """One row an image labeled; ``mask_png`` holds class ids at the image's own size, 255 = abstained.
+
+    Args:
+        label_set: What the class ids mean; goes into the schema's metadata, so that every shard explains itself.
+    """
     return _schema(
         "labels",
         [
@@ -113,7 +124,14 @@ def labels_schema() -> pa.Schema:
             ("raysal_version", pa.string()),
             ("labeled_at", TIME),
         ],
+        _carried(label_set),
     )
+
+
+def label_set_in(schema: pa.Schema) -> LabelSet | None:
+    """The label set that a table of scores or labels carries, None where it carries none. Raises DataError where it can't be read."""
+    text = (schema.metadata or {}).get(LABEL_SET.encode())
+    return None if text is None else LabelSet.from_json(text, "table")
 
 
 def manifest_of(items: Iterable[ManifestItem]) -> pa.Table:
@@ -132,20 +150,44 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         InputError: Nothing there, not Parquet, a column missing, files that disagree, or a newer version; each names the file.
     """
-    fs, path = open_fs(uri)
-    files = [path] if fs.isfile(path) else _parquet_files(fs.find(path), path)
-    if not files:
-        seen = "holds no Parquet file" if fs.exists(path) else "does not exist"
-        raise InputError(f"{uri}: {seen}; give a .parquet file or a folder of them")
+    fs, files = _files(uri)
     tables = []
-    for file in files:
-        name = uri if file == path else f"{uri.rstrip('/')}/{file[len(path.rstrip('/')) + 1 :]}"
-        with fs.open(file, "rb") as stream:
+    for name, path in files:
+        with _reading(name), fs.open(path, "rb") as stream:
             tables.append(_read_one(stream, columns, name))
     try:
         return pa.concat_tables(tables, promote_options="default")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InputError(f"{uri}: its {len(files)} files have different columns ({error}); keep one table to a folder") from error
+
+
+def read_schema(uri: str) -> pa.Schema:
+    """The columns of a table's first file, with what its metadata says. Raises InputError as `read_table` does."""
+    fs, files = _files(uri)
+    name, path = files[0]
+    with _reading(name), fs.open(path, "rb") as stream:
+        return _checked(pq.ParquetFile(stream), (), name)
+
+
+def scan_table(uri: str, columns: Sequence[str], rows: int, needed: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    """The rows that `read_table` gives, in the same order, some at a time: memory does not grow with the table.
+
+    Args:
+        uri, columns: As in `read_table`.
+        rows: Most rows of a batch. A batch's schema carries the metadata of its file.
+        needed: More columns that each file must have, though they are not read.
+
+    Raises:
+        InputError: As `read_table`; a file is looked at when its turn comes.
+    """
+    fs, files = _files(uri)
+    for name, path in files:
+        with _reading(name), fs.open(path, "rb") as stream:
+            # Without a buffer size a whole row group is held, however few rows of it are asked for; with it, the pages they are in.
+            file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
+            schema = _checked(file, [*columns, *needed], name)
+            for batch in file.iter_batches(rows, columns=list(columns)):
+                yield batch.replace_schema_metadata(schema.metadata)
 
 
 def write_table(uri: str, table: pa.Table) -> None:
@@ -155,8 +197,12 @@ def write_table(uri: str, table: pa.Table) -> None:
     write_bytes(uri, file.getvalue())
 
 
-def _schema(table: str, fields: list) -> pa.Schema:
-    return pa.schema(fields, metadata={"raysal_table": table, "version": str(VERSION)})
+def _schema(table: str, fields: list, more: dict[str, str] | None = None) -> pa.Schema:
+    return pa.schema(fields, metadata={"raysal_table": table, "version": str(VERSION), **(more or {})})
+
+
+def _carried(label_set: LabelSet | None) -> dict[str, str]:
+    return {} if label_set is None else {LABEL_SET: json.dumps(label_set.to_dict())}
 
 
 def _list(kind: pa.DataType, length: int = -1) -> pa.DataType:
@@ -180,18 +226,40 @@ def _parquet_files(found: Iterable[str], folder: str) -> list[str]:
     return sorted(p for p in found if p.endswith(".parquet") and not hidden(p))
 
 
-def _read_one(stream: io.IOBase, columns: Sequence[str] | None, name: str) -> pa.Table:
+def _files(uri: str) -> tuple[fsspec.AbstractFileSystem, list[tuple[str, str]]]:
+    """A table's files: what messages call each, and its path. Raises InputError where there are none."""
+    fs, path = open_fs(uri)
+    if fs.isfile(path):
+        return fs, [(uri, path)]
+    files = _parquet_files(fs.find(path), path)
+    if not files:
+        seen = "holds no Parquet file" if fs.exists(path) else "does not exist"
+        raise InputError(f"{uri}: {seen}; give a .parquet file or a folder of them")
+    return fs, [(f"{uri.rstrip('/')}/{file[len(path.rstrip('/')) + 1 :]}", file) for file in files]
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
     try:
-        file = pq.ParquetFile(stream)
-        schema = file.schema_arrow
-        _check_version(schema, name)
-        missing = [c for c in columns or () if c not in schema.names]
-        if missing:
-            kind = (schema.metadata or {}).get(b"raysal_table", b"foreign").decode()
-            raise InputError(f"{name}: a {kind} table without column {', '.join(missing)}; it has {', '.join(schema.names)}")
-        return file.read(columns=list(columns) if columns is not None else None)
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{name}: not a whole Parquet file ({error}); delete it and run what made it again") from error
+
+
+def _read_one(stream: io.IOBase, columns: Sequence[str] | None, name: str) -> pa.Table:
+    file = pq.ParquetFile(stream)
+    _checked(file, columns or (), name)
+    return file.read(columns=list(columns) if columns is not None else None)
+
+
+def _checked(file: pq.ParquetFile, columns: Sequence[str], name: str) -> pa.Schema:
+    """The schema of a file that this library knows and that has the columns. Raises InputError otherwise."""
+    schema = file.schema_arrow
+    _check_version(schema, name)
+    if missing := [c for c in columns if c not in schema.names]:
+        kind = (schema.metadata or {}).get(b"raysal_table", b"foreign").decode()
+        raise InputError(f"{name}: a {kind} table without column {', '.join(missing)}; it has {', '.join(schema.names)}")
+    return schema
 
 
 def _check_version(schema: pa.Schema, name: str) -> None:

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from raysal.archive.uris import join, list_names
-from raysal.errors import ImageError
-from raysal.images.masks import decode_mask
 from raysal.labels import LabelSet
 from raysal.report.gather import Json, Round, Run, number, rows
-from raysal.report.pictures import Limits, fetch, fetch_small, in_threads, overlay, shrink
+from raysal.report.pictures import Limits, fetch_small, in_threads, overlay, under_mask
 
 THUMBS = 24
 """Most thumbnails a round."""
@@ -167,16 +165,8 @@ def pool_masks(run: Run, label_set: LabelSet, limits: Limits, tiles: int = POOL_
 
 
 def _overlaid(row: Json, label_set: LabelSet, limits: Limits) -> np.ndarray | str:
-    image = fetch(str(row["uri"]), limits)
-    if isinstance(image, str):
-        return image
-    try:
-        mask_HW = decode_mask(row.get("mask_png") or b"", limits.max_pixels, str(row["uri"]))
-    except ImageError as error:
-        return str(error)
-    if mask_HW.shape != image.shape[:2]:
-        return f"mask is {mask_HW.shape[1]} x {mask_HW.shape[0]}, image {image.shape[1]} x {image.shape[0]}"
-    return overlay(shrink(image, POOL_PX), shrink(mask_HW, POOL_PX, smooth=False), label_set)
+    found = under_mask(str(row["uri"]), row.get("mask_png") or b"", limits, POOL_PX)
+    return found if isinstance(found, str) else overlay(*found, label_set)
 
 
 def _spread(values: Sequence[Any], n: int) -> list[Any]:

@@ -50,7 +50,7 @@ def learning_curve(labels_R: np.ndarray, miou_R: np.ndarray, pool: int | None, f
     return fig
 
 
-def _class_height(classes: Sequence[str]) -> float:
+def class_height(classes: Sequence[str]) -> float:
     """Inches of a figure with a row a class; the same for all, as they stand side by side."""
     return max(2.6, 0.42 * len(classes) + 1.2)
 
@@ -58,10 +58,10 @@ def _class_height(classes: Sequence[str]) -> float:
 def class_iou(rounds: Sequence[str], classes: Sequence[str], colors: Sequence[Rgb], iou_RC: np.ndarray, theme: Theme) -> Figure:
     """Heat map of IoU in percent, a row a class, a column a round; the numbers stand in the cells."""
     wide = len(rounds) > 7
-    fig = figure(theme, FULL if wide else HALF, _class_height(classes))
+    fig = figure(theme, FULL if wide else HALF, class_height(classes))
     ax = dress(fig.subplots(), theme, grid=None)
     percent_CR = iou_RC.T * 100
-    _cells(ax, theme, percent_CR, numbered=len(rounds) <= 16)
+    cells(ax, theme, percent_CR, numbered=len(rounds) <= 16)
     ax.set_xticks(range(len(rounds)), [plain(r, 12) for r in rounds], fontsize=9 if len(rounds) <= 16 else 6.5)
     class_ticks(ax, theme, classes, colors)
     ax.set_xlabel("round (labels bought)")
@@ -81,7 +81,7 @@ def confusion(classes: Sequence[str], colors: Sequence[Rgb], counts_CC: np.ndarr
     ax = dress(fig.subplots(), theme, grid=None)
     rows_C = counts_CC.sum(axis=1, keepdims=True)
     percent_CC = np.divide(100 * counts_CC, rows_C, out=np.full(counts_CC.shape, np.nan), where=rows_C > 0)
-    _cells(ax, theme, percent_CC, numbered=n <= 14)
+    cells(ax, theme, percent_CC, numbered=n <= 14)
     ax.set_xticks(range(n), [plain(c, 12) for c in classes], rotation=45, ha="right", rotation_mode="anchor")
     class_ticks(ax, theme, classes, colors)
     ax.set_xlabel("the model says")
@@ -89,7 +89,7 @@ def confusion(classes: Sequence[str], colors: Sequence[Rgb], counts_CC: np.ndarr
     return fig
 
 
-def _cells(ax: Axes, theme: Theme, percent: np.ndarray, numbered: bool) -> None:
+def cells(ax: Axes, theme: Theme, percent: np.ndarray, numbered: bool) -> None:
     """Draws percentages as coloured cells; cells without a value stay empty and say n/a."""
     cmap = theme.colormap()
     ax.imshow(np.ma.masked_invalid(percent), cmap=cmap, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
@@ -137,7 +137,7 @@ def intervals(
     names: Sequence[str], colors: Sequence[Rgb], value_N: np.ndarray, low_N: np.ndarray, high_N: np.ndarray, theme: Theme
 ) -> Figure:
     """Estimates in 0..1 (percent on the axis) with the interval that each is known to; NaN: not known."""
-    fig = figure(theme, HALF, _class_height(names))
+    fig = figure(theme, HALF, class_height(names))
     ax = dress(fig.subplots(), theme, grid="x")
     y = np.arange(len(names))
     ax.hlines(y, 100 * low_N, 100 * high_N, color=[tuple(c / 255 for c in color) for color in colors], linewidth=5, alpha=0.75)
@@ -169,7 +169,7 @@ def class_balance(
         pool_C: Predicted share in the pool, in 0..1, or None.
         theme, wide: How it looks; wide is over the page's whole width.
     """
-    fig = figure(theme, FULL if wide else HALF, _class_height(classes))
+    fig = figure(theme, FULL if wide else HALF, class_height(classes))
     ax = dress(fig.subplots(), theme, grid="x")
     floor = 0.01  # percent; the log axis has no place for zero
     y = np.arange(len(classes))
@@ -198,11 +198,11 @@ def class_balance(
     ax.set_ylim(len(classes) - 0.5, -0.5)
     class_ticks(ax, theme, classes, colors)
     ax.set_xlabel("share of pixels (%, each step is ten times more)")
-    _legend(ax, theme, 2)
+    legend(ax, theme, 2)
     return fig
 
 
-def _legend(ax: Axes, theme: Theme, columns: int) -> None:
+def legend(ax: Axes, theme: Theme, columns: int) -> None:
     """A legend above the axes, where it covers nothing."""
     ax.legend(
         loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False, fontsize=9, labelcolor=theme.ink,
@@ -229,7 +229,7 @@ def losses(steps_T: np.ndarray, terms: Mapping[str, np.ndarray], theme: Theme) -
     ax.set_ylabel("loss")
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _legend(ax, theme, 2)
+    legend(ax, theme, 2)
     return fig
 
 
@@ -282,7 +282,7 @@ def seconds(names: Sequence[str], stages: Sequence[str], seconds_RS: np.ndarray,
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.margins(x=0.09)
     ax.set_xlabel(f"{name} of work")
-    _legend(ax, theme, 6)
+    legend(ax, theme, 6)
     return fig
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from raysal.archive.uris import join, write_bytes
 from raysal.labels import LabelSet
 from raysal.report.asked import Labeled, Request
+from raysal.report.charts import Easel
 from raysal.report.examples import Example, Examples
 from raysal.report.pictures import heat, shrink
 from raysal.report.sections import Desk
@@ -20,20 +21,22 @@ from raysal.report.words import percent, significant
 def write_sheets(desk: Desk, seen: Examples | None, asked: list[Request], masks: list[Labeled]) -> None:
     """The page's picture galleries as PNG files too, for slides."""
 
-    def write(name: str, tiles: list[tuple[np.ndarray, str]], columns: int, headings: tuple[str, ...] = ()) -> None:
-        if tiles:
-            uri = join(desk.folder, f"{name}.png")
-            desk.run.attempt(uri, lambda: write_bytes(uri, png(sheet(tiles, columns, LIGHT, headings))), None)
-
     for name, rows_ in (("best", seen.best), ("worst", seen.worst)) if seen else ():
         tiles = [tile for e in rows_ for tile in _strip(e, desk.label_set, seen.top if seen else 1)]
-        write(f"val_{name}", tiles, 4, ("image", "expert's truth", "model's mask", "uncertainty"))
+        write_tiles(desk, f"val_{name}", tiles, 4, ("image", "expert's truth", "model's mask", "uncertainty"))
     for request in asked:
-        write(
-            f"asked_round_{request.round:03d}",
+        write_tiles(
+            desk, f"asked_round_{request.round:03d}",
             [(i.picture, f"#{i.rank}  {significant(i.score)}") for i in request.images if not isinstance(i.picture, str)], 6,
         )  # fmt: skip
-    write("pool_masks", [(m.picture, m.name) for m in masks if not isinstance(m.picture, str)], 6)
+    write_tiles(desk, "pool_masks", [(m.picture, m.name) for m in masks if not isinstance(m.picture, str)], 6)
+
+
+def write_tiles(easel: Easel, name: str, tiles: Sequence[tuple[np.ndarray, str]], columns: int, headings: tuple[str, ...] = ()) -> None:
+    """One gallery as a PNG file beside the page; nothing where there are no pictures."""
+    if tiles:
+        uri = join(easel.folder, f"{name}.png")
+        easel.notes.attempt(uri, lambda: write_bytes(uri, png(sheet(tiles, columns, LIGHT, headings))), None)
 
 
 def _strip(example: Example, classes: LabelSet, top: float) -> list[tuple[np.ndarray, str]]:

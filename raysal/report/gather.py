@@ -81,7 +81,27 @@ class Round:
 
 
 @dataclass
-class Run:
+class Notes:
+    """What could not be read, in sentences; the page prints them.
+
+    Attributes:
+        notes: The sentences.
+    """
+
+    notes: list[str] = field(default_factory=list, kw_only=True)
+
+    def attempt(self, what: str, work: Callable[[], T], otherwise: U) -> T | U:
+        """Result of work, or `otherwise` and a note: one damaged file must not cost the reader the rest of the page."""
+        try:
+            return work()
+        except Exception as error:  # whatever a half-written folder can do to a reader ends up as a sentence on the page
+            note = f"{what}: {type(error).__name__}: {str(error)[:300]}"
+            self.notes += [note] if note not in self.notes else []
+            return otherwise
+
+
+@dataclass
+class Run(Notes):
     """A run folder in memory: small things read, big things left where they are.
 
     Attributes:
@@ -92,7 +112,6 @@ class Run:
         rounds: In order; finished and unfinished.
         pool: Rows of the manifest; None where there is none yet.
         audit: audit.json.
-        notes: What could not be read, in sentences; the page prints them.
     """
 
     uri: str
@@ -102,20 +121,10 @@ class Run:
     rounds: tuple[Round, ...] = ()
     pool: int | None = None
     audit: Json = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> tuple[Round, ...]:
         return tuple(r for r in self.rounds if r.finished)
-
-    def attempt(self, what: str, work: Callable[[], T], otherwise: U) -> T | U:
-        """Result of work, or `otherwise` and a note: one damaged file must not cost the reader the rest of the page."""
-        try:
-            return work()
-        except Exception as error:  # whatever a half-written run can do to a reader ends up as a sentence on the page
-            note = f"{what}: {type(error).__name__}: {str(error)[:300]}"
-            self.notes += [note] if note not in self.notes else []
-            return otherwise
 
 
 def number(value: object) -> float:
@@ -145,8 +154,8 @@ def read_run(uri: str) -> Run:
     run.config_text = run.attempt("config.yaml", lambda: _text(join(uri, "config.yaml")), "")
     if run.config_text:
         run.config = run.attempt("config.yaml", lambda: configs.build(yaml.safe_load(run.config_text) or {}, "config.yaml"), None)
-    run.record = _json(run, join(uri, "run.json"), "run.json")
-    run.audit = _json(run, join(uri, "audit.json"), "audit.json")
+    run.record = read_json(run, join(uri, "run.json"), "run.json")
+    run.audit = read_json(run, join(uri, "audit.json"), "audit.json")
     manifest = join(uri, "manifest.parquet")
     if exists(manifest):
         run.pool = run.attempt("manifest.parquet", lambda: read_table(manifest, ["id"]).num_rows, None)
@@ -184,9 +193,13 @@ def label_set(run: Run) -> LabelSet:
             if found:
                 return found
     names = list(dict.fromkeys(str(c) for r in run.rounds for c in mapping(r.metrics.get("iou"))))
-    if len(names) < 2:
-        return S5MARS
-    return LabelSet("unknown", tuple(names), tuple(STAND_IN_COLORS[i % len(STAND_IN_COLORS)] for i in range(len(names))))
+    return S5MARS if len(names) < 2 else stand_in(names)
+
+
+def stand_in(names: Iterable[str]) -> LabelSet:
+    """Classes of which no more than the names are known; two at least."""
+    classes = tuple(names)
+    return LabelSet("unknown", classes, tuple(STAND_IN_COLORS[i % len(STAND_IN_COLORS)] for i in range(len(classes))))
 
 
 def mean_fractions(table: pa.Table | None, n_classes: int) -> np.ndarray | None:
@@ -214,7 +227,7 @@ def _round(run: Run, n: int, uri: str) -> Round:
     return Round(
         number=n,
         uri=uri,
-        metrics=_json(run, join(uri, "metrics.json"), f"{what}/metrics.json"),
+        metrics=read_json(run, join(uri, "metrics.json"), f"{what}/metrics.json"),
         steps=_log(run, join(uri, "final"), f"{what}/final") or _log(run, join(uri, "train"), f"{what}/train"),
         chosen=tuple(sorted(asked, key=lambda row: _or_last(row.get("rank")))),
         bought=tuple(bought.to_pylist()) if bought is not None else (),
@@ -239,7 +252,7 @@ def _or_last(value: object) -> float:
 
 def _stages(run: Run, uri: str, what: str) -> dict[str, Json]:
     names = [name for name in list_names(uri) if name.endswith(".json")]
-    found = {name.removesuffix(".json"): _json(run, join(uri, name), f"{what}/{name}") for name in names}
+    found = {name.removesuffix(".json"): read_json(run, join(uri, name), f"{what}/{name}") for name in names}
     rank = {name: i for i, name in enumerate(STAGES)}  # markers count whole seconds, and quick stages share one
     return dict(sorted(found.items(), key=lambda pair: (str(pair[1].get("finished_at", "")), rank.get(pair[0], len(rank)))))
 
@@ -248,6 +261,7 @@ def _text(uri: str) -> str:
     return read_bytes(uri).decode("utf-8", "replace") if exists(uri) else ""
 
 
-def _json(run: Run, uri: str, what: str) -> Json:
-    text = run.attempt(what, lambda: _text(uri), "")
-    return mapping(run.attempt(what, lambda: json.loads(text), {})) if text else {}
+def read_json(notes: Notes, uri: str, what: str) -> Json:
+    """A JSON object; an empty one where there is no file, or where it is damaged (which leaves a note)."""
+    text = notes.attempt(what, lambda: _text(uri), "")
+    return mapping(notes.attempt(what, lambda: json.loads(text), {})) if text else {}

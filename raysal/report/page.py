@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import raysal
-from raysal.archive.uris import absolute, exists, join, write_bytes
-from raysal.errors import InputError
+from raysal.archive.uris import join, write_bytes
 from raysal.labels import LabelSet
+from raysal.report import html
 from raysal.report.asked import Labeled, pool_masks, requests
+from raysal.report.charts import thresholds
 from raysal.report.examples import Examples, examples
 from raysal.report.gallery import write_sheets
 from raysal.report.gather import Run, label_set, mapping, number, read_run, rows
-from raysal.report.pictures import Limits, heat, jpeg_uri, mask_uri, overlay
-from raysal.report.sections import SECTIONS, Desk, full_miou, labels_of, rates, thresholds, times
-from raysal.report.words import duration, percent, significant
+from raysal.report.pictures import Limits, overlay
+from raysal.report.sections import SECTIONS, Desk, full_miou, labels_of, rates, times
 
 REASONS_SHOWN = 5
 HERO_LEAST_PX = 380
@@ -41,41 +39,32 @@ class Trouble:
     reasons: tuple[tuple[str, str], ...]
 
 
-def build(run_uri: str) -> str:
-    """Writes ``report/index.html`` and its figures as PNG into a run folder, whatever stage the run has come to.
-
-    Missing files leave gaps that the page names; damaged ones leave a note on it.
+def build_run(uri: str, folder: str) -> str:
+    """Writes the page of a run and its figures as PNG, whatever stage the run has come to.
 
     Args:
-        run_uri: Run folder, local or any fsspec URI.
+        uri: Run folder.
+        folder: Where to write.
 
     Returns:
         URI of index.html.
-
-    Raises:
-        InputError: There is no such folder, or it is no run.
     """
-    uri = absolute(run_uri)
-    if not any(exists(join(uri, name)) for name in ("config.yaml", "run.json", "rounds")):
-        raise InputError(
-            f"{run_uri}: no run folder (no config.yaml, run.json or rounds/ in it); give the folder that `raysal loop` wrote to"
-        )
-    page = join(uri, "report", "index.html")
-    write_bytes(page, render(read_run(uri)).encode())
+    page = join(folder, "index.html")
+    write_bytes(page, render(read_run(uri), folder).encode())
     return page
 
 
-def render(run: Run) -> str:
-    """The page of a run as HTML text; figures are written beside it on the way."""
+def render(run: Run, folder: str) -> str:
+    """The page of a run as HTML text; figures are written into the folder on the way."""
     seen = _examples(run)
     classes = seen.label_set if seen else label_set(run)
-    desk = Desk(run, classes, join(run.uri, "report"))
+    desk = Desk(run, classes, folder)
     limits = Limits(run.config.data.max_bytes, run.config.data.max_pixels) if run.config else Limits()
     asked = requests(run, limits, classes.n_classes)
     masks: list[Labeled] = run.attempt("masks of the pool", lambda: pool_masks(run, classes, limits), [])
     context: dict[str, Any] = {
         "run": run,
-        "label_set": classes,
+        "source": run.uri,
         "head": headline(run, classes),
         "hero": _hero(seen, masks, classes),
         "charts": {name: run.attempt(f"section {name}", partial(section, desk), []) for name, section in SECTIONS.items()},
@@ -85,30 +74,11 @@ def render(run: Run) -> str:
         "trouble": trouble(run),
         "warnings": warnings_of(run),
         "table": _table(run),
-        "thresholds": run.attempt("thresholds", lambda: thresholds(run, classes.classes), []),
+        "thresholds": thresholds(run.finished[-1].metrics.get("abstention") if run.finished else None, run.audit, classes.classes),
         "facts": facts(run),
-        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     write_sheets(desk, seen, asked, masks)
-    return environment(classes).get_template("page.html.j2").render(context).lstrip()
-
-
-def environment(classes: LabelSet) -> Environment:
-    """Templates with every value escaped; pictures become data URIs by filters."""
-    env = Environment(
-        loader=PackageLoader("raysal.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    env.filters.update(
-        percent=percent,
-        duration=duration,
-        figures=significant,
-        photo=lambda image: jpeg_uri(image),
-        mask=lambda mask_HW: mask_uri(mask_HW, classes),
-        heat=lambda map_HW, top: jpeg_uri(heat(map_HW, top), 88),
-        rgb=lambda color: "#" + "".join(f"{int(c):02x}" for c in color),
-        is_text=lambda value: isinstance(value, str),
-    )
-    return env
+    return html.render("page.html.j2", classes, context)
 
 
 def headline(run: Run, classes: LabelSet) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,7 +16,10 @@ from PIL import Image
 from raysal.archive.uris import fetch_image
 from raysal.errors import ImageError
 from raysal.images.decode import decode_image
+from raysal.images.masks import decode_mask
 from raysal.labels import IGNORE, LabelSet
+
+T = TypeVar("T")
 
 READERS = 8
 """Images fetched at once: archives are mostly latency."""
@@ -50,7 +54,21 @@ def fetch_small(uris: Sequence[str], side_px: int, limits: Limits) -> list[np.nd
     return in_threads(one, uris)
 
 
-def in_threads(work: Callable[[str], np.ndarray | str], uris: Iterable[str]) -> list[np.ndarray | str]:
+def under_mask(uri: str, mask_png: bytes, limits: Limits, side_px: int) -> tuple[np.ndarray, np.ndarray] | str:
+    """An image, uint8 [h, w, 3], and its mask, uint8 [h, w], both shrunk; or the reason why they can't be shown."""
+    image = fetch(uri, limits)
+    if isinstance(image, str):
+        return image
+    try:
+        mask_HW = decode_mask(mask_png, limits.max_pixels, uri)
+    except ImageError as error:
+        return str(error)
+    if mask_HW.shape != image.shape[:2]:
+        return f"mask is {mask_HW.shape[1]} x {mask_HW.shape[0]}, image {image.shape[1]} x {image.shape[0]}"
+    return shrink(image, side_px), shrink(mask_HW, side_px, smooth=False)
+
+
+def in_threads(work: Callable[[str], T], uris: Iterable[str]) -> list[T]:
     """The results of work in the order of uris."""
     with ThreadPoolExecutor(READERS) as threads:
         return list(threads.map(work, uris))

@@ -7,50 +7,22 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from raysal.archive.uris import join, write_bytes
-from raysal.labels import LabelSet
 from raysal.report import figures
 from raysal.report.asked import bought_images, bought_pixels
+from raysal.report.charts import Chart, Easel, audited, measured
 from raysal.report.gather import Round, Run, mapping, mean_fractions, number, numbers, rows
-from raysal.report.pictures import png_uri
-from raysal.report.theme import DARK, LIGHT, Theme, png
 
 
 @dataclass(frozen=True)
-class Chart:
-    """One figure as data URIs for light and dark ground; the light one also lies beside the page as ``name.png``."""
+class Desk(Easel):
+    """What the sections of a run are made from."""
 
-    name: str
-    title: str
-    caption: str
-    light: str
-    dark: str
-    wide: bool
-
-
-@dataclass(frozen=True)
-class Desk:
-    """What the sections are made from, and the folder that figures are put in."""
-
-    run: Run
-    label_set: LabelSet
-    folder: str
-
-    def draw(self, name: str, title: str, caption: str, work: Callable[[Theme], Figure], wide: bool = False) -> list[Chart]:
-        """The chart in both themes; no chart, and a note, where its numbers can't be drawn."""
-
-        def both() -> list[Chart]:
-            light, dark = png(work(LIGHT)), png(work(DARK))
-            write_bytes(join(self.folder, f"{name}.png"), light)
-            return [Chart(name, title, caption, png_uri(light), png_uri(dark), wide)]
-
-        return self.run.attempt(f"figure {name}", both, [])
+    notes: Run
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        return self.label_set.classes
+    def run(self) -> Run:
+        return self.notes
 
 
 def labels_of(this: Round) -> int:
@@ -122,65 +94,8 @@ def pool_fractions(desk: Desk) -> np.ndarray | None:
 
 
 def trust(desk: Desk) -> list[Chart]:
-    """Confusion and calibration of the last finished round."""
-    if not desk.run.finished:
-        return []
-    metrics, charts = desk.run.finished[-1].metrics, list[Chart]()
-    if metrics.get("confusion"):
-        charts += desk.draw(
-            "confusion", "What is taken for what (% of the expert's pixels)",
-            "Each row shares out the pixels that experts gave to one class: a strong diagonal is right, a strong cell off it is a mix-up "
-            "of the row's class with the column's.",
-            lambda t: figures.confusion(desk.classes, desk.label_set.colors, np.array(metrics["confusion"], dtype=np.float64), t),
-        )  # fmt: skip
-    calibration = mapping(metrics.get("calibration"))
-    if calibration.get("pixels"):
-        pixels_B, accuracy_B, confidence_B = (
-            np.array([number(v) for v in calibration.get(key) or []]) for key in ("pixels", "accuracy", "confidence")
-        )
-        charts += desk.draw(
-            "reliability", "Can its confidence be believed?",
-            "Where the model says 80 % sure, the dots show how often it is right; on the dashed line the two agree. The bars below show "
-            "how many pixels each confidence stands for.",
-            lambda t: figures.reliability(np.nan_to_num(pixels_B), accuracy_B, confidence_B, number(calibration.get("ece")), t),
-        )  # fmt: skip
-    return charts + _audit(desk)
-
-
-def _audit(desk: Desk) -> list[Chart]:
-    """What the audit estimates of the pool's masks: mIoU and each class, with intervals."""
-    found = desk.run.audit
-    if not found:
-        return []
-    estimates = [mapping(found.get("miou")), *(mapping(mapping(found.get("iou")).get(c)) for c in desk.classes)]
-    value_N, low_N, high_N = (np.array([number(e.get(key)) for e in estimates]) for key in ("value", "low", "high"))
-    n, population = len(found.get("images") or ()), number(found.get("population"))
-    return desk.draw(
-        "audit", "How good are the masks that nobody drew?",
-        f"Experts labelled {n} random images of {population:,.0f} that the model never learnt from. The dot is what those say about all "
-        "of them, the bar where the truth lies with 95 % confidence (more images make it shorter); n/a: too few of them show the class.",
-        lambda t: figures.intervals(("mean", *desk.classes), ((128, 128, 128), *desk.label_set.colors), value_N, low_N, high_N, t),
-    )  # fmt: skip
-
-
-def thresholds(run: Run, classes: tuple[str, ...]) -> list[dict]:
-    """Rows of the table of abstention: what is kept for a wanted share of right pixels, settled on val and, audited, what it came to."""
-    settled = run.finished[-1].metrics.get("abstention") if run.finished else None
-    audited = {number(mapping(e).get("precision")): mapping(e) for e in run.audit.get("abstention") or []}
-    found = []
-    for entry in map(mapping, settled if isinstance(settled, list) else []):
-        wanted, at = number(entry.get("precision")), mapping(entry.get("threshold"))
-        checked = audited.get(wanted, {})
-        found.append(
-            {
-                "wanted": wanted,
-                "threshold": [number(at.get(c)) for c in classes],
-                "kept": number(entry.get("kept_of_all")),
-                "audited": number(checked.get("reached_of_all")),
-                "audited_kept": number(checked.get("kept_of_all")),
-            }
-        )
-    return found
+    """Confusion and calibration of the last finished round, and the audit."""
+    return measured(desk, desk.run.finished[-1].metrics) + audited(desk, desk.run.audit) if desk.run.finished else []
 
 
 def training(desk: Desk) -> list[Chart]:

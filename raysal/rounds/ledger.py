@@ -6,9 +6,7 @@ A stage writes its outputs, then its marker; marked stages are never repeated.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -17,7 +15,7 @@ from typing import Any
 import yaml
 
 import raysal
-from raysal.archive.uris import absolute, exists, is_local, join, list_names, read_bytes, remove_tree, write_bytes
+from raysal.archive.uris import absolute, exists, join, list_names, locked, read_bytes, remove_tree, write_bytes
 from raysal.config import Config, build
 from raysal.errors import ConfigError, InputError
 
@@ -110,27 +108,13 @@ class Ledger:
         folder = join(self.folder(round_), "stages")
         return {n.removesuffix(".json"): read_json(join(folder, n))["seconds"] for n in list_names(folder) if n.endswith(".json")}
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Keeps a second driver off the same local run; the lock ends with the process, however it ends.
 
         Raises:
             InputError: Another process is at work on this run.
         """
-        if not is_local(self.run):  # object stores have no locks: one driver a run is the operator's promise there
-            yield
-            return
-        try:
-            os.makedirs(self.run, exist_ok=True)
-            file = open(os.path.join(self.run, ".lock"), "a+")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise InputError(f"{self.run}: no run folder can be made there ({error.strerror}); give another one (run=...)") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"{self.run}: another process is at work on this run; wait for it, or use another run folder") from error
-            yield
+        return locked(self.run, "another process is at work on this run; wait for it, or use another run folder")
 
 
 def write_json(uri: str, value: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 
-from raysal.archive.tables import manifest_of, manifest_schema, queue_schema, read_table, write_table
-from raysal.archive.uris import absolute, exists, join, list_names, open_fs, read_bytes, write_bytes
+from raysal.archive.entries import IMAGES
+from raysal.archive.index import rows_of
+from raysal.archive.tables import manifest_schema, queue_schema, read_table, write_table
+from raysal.archive.uris import exists, join, list_names, open_fs, read_bytes, write_bytes
 from raysal.config import Config, digest_of
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check, class_pixels
@@ -31,7 +32,6 @@ from raysal.train.evaluate import evaluate
 from raysal.train.plan import Plan
 from raysal.train.ray import fetch_checkpoint, fit
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 PARQUET_MAGIC = b"PAR1"
 
 
@@ -220,19 +220,12 @@ def open_manifest(uri: str) -> pa.Table:
             if file.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
                 raise InputError(f"{uri}: is no Parquet file; give a manifest.parquet or a folder of images")
         return _manifest_from(uri)
-    found = fs.find(path, detail=True)
-    if any(p.endswith(".parquet") for p in found):
+    if any(p.endswith(".parquet") for p in fs.find(path)):
         return _manifest_from(uri)
-    items = []
-    for file, info in sorted(found.items()):
-        if file.lower().endswith(IMAGE_SUFFIXES):
-            image = absolute(fs.unstrip_protocol(file))
-            stamp = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
-            key = hashlib.sha256(f"{image}|{info.get('size')}|{stamp}".encode()).hexdigest()[:32]
-            items.append(_Listed(key, image))
-    if not items:
-        raise InputError(f"{uri}: holds no image ({', '.join(IMAGE_SUFFIXES)}) and no manifest")
-    return manifest_of(items)
+    rows = rows_of(uri)
+    if not rows.num_rows:
+        raise InputError(f"{uri}: holds no image ({', '.join(IMAGES)}) and no manifest")
+    return rows
 
 
 def _manifest_from(uri: str) -> pa.Table:
@@ -264,16 +257,6 @@ def count_classes(dataset: Dataset, items: Sequence[Item]) -> np.ndarray:
 
     with ThreadPoolExecutor(8) as threads:
         return np.stack(list(threads.map(count, items)))
-
-
-class _Listed:
-    """An image of a listing, as `manifest_of` wants it."""
-
-    exclude: tuple[str, ...] = ()
-    group = ""
-
-    def __init__(self, id_: str, image: str) -> None:
-        self.id, self.image = id_, image
 
 
 def _label_tables(uri: str) -> list[str]:

@@ -20,11 +20,9 @@ from raysal.labels import IGNORE
 from raysal.model.checkpoint import ModelInfo, read_info
 from raysal.model.metrics import ClassReliability
 from raysal.stream.forecast import Forecast, forecast
+from raysal.stream.output import TRUST
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
-
-TRUST = "_trust.json"
-"""File beside the shards: how far the masks can be trusted, as far as it is known."""
 
 
 def label_pool(
@@ -61,21 +59,22 @@ def label_pool(
         InputError: Manifest, checkpoint, output folder or cluster can't be used; found before any long work.
         RaysalError: The run broke down.
     """
+    info = read_info(checkpoint_uri)
     if cfg.label.precision is not None:
-        calibration(read_info(checkpoint_uri), checkpoint_uri)  # refused before any work
+        calibration(info, checkpoint_uri)  # refused before any work
     summary = run_pool(
         LabelImages,
         manifest,
         checkpoint_uri,
         out_uri,
-        schema=labels_schema(),
+        schema=labels_schema(info.label_set),
         cfg=cfg,
         on_progress=on_progress,
         rows_per_shard=rows_per_shard,
         retry_failed=retry_failed,
         replace=replace,
     )
-    statement = trust(checkpoint_uri, summary.model_digest, cfg)
+    statement = trust(info, checkpoint_uri, summary.model_digest, cfg)
     before = json.loads(read_bytes(join(out_uri, TRUST))) if exists(join(out_uri, TRUST)) else {}
     if before.get("model_digest") != summary.model_digest:
         before = {}  # another model's audit says nothing of these masks
@@ -87,14 +86,12 @@ def label_forecast(
     manifest: pa.Table | str, checkpoint_uri: str, out_uri: str, cfg: Config, retry_failed: bool = False, replace: bool = False
 ) -> Forecast:
     """What `label_pool` would do and take; changes nothing. Arguments and errors as there."""
-    return forecast(
-        LabelImages, manifest, checkpoint_uri, out_uri, schema=labels_schema(), cfg=cfg, retry_failed=retry_failed, replace=replace
-    )
+    schema = labels_schema(read_info(checkpoint_uri).label_set)
+    return forecast(LabelImages, manifest, checkpoint_uri, out_uri, schema=schema, cfg=cfg, retry_failed=retry_failed, replace=replace)
 
 
-def trust(checkpoint_uri: str, digest: str, cfg: Config) -> dict[str, Any]:
+def trust(info: ModelInfo, checkpoint_uri: str, digest: str, cfg: Config) -> dict[str, Any]:
     """What `TRUST` says before any audit: what was measured on val, and the thresholds under which pixels abstain."""
-    info = read_info(checkpoint_uri)
     wanted, kept = cfg.label.precision, None
     if wanted is not None:
         kept = calibration(info, checkpoint_uri).to_dict(info.label_set.classes, [wanted])[0]

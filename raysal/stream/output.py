@@ -31,6 +31,9 @@ SUCCESS = "_SUCCESS"
 FAILED = "_failed.pq"
 """The images whose status is not ok, with the reason; to be looked at, mended, and fed back. Parquet, but not for who reads *.parquet."""
 
+TRUST = "_trust.json"
+"""How far masks can be trusted, as far as it is known."""
+
 INDEX = "_rows.pq"
 """What the shards of the last whole output hold, so that a run that adds a few images need not look into all of them."""
 
@@ -40,7 +43,7 @@ OURS = re.compile(
 )
 """Names of the files that a run leaves in its folder, and may delete there; temporary names continue them."""
 
-KEPT = (SUCCESS, FAILED, INDEX, RUN, "_trust.json")
+KEPT = (SUCCESS, FAILED, INDEX, RUN, TRUST)
 """Files beside the shards that a whole output has."""
 
 READERS = 16

@@ -87,11 +87,11 @@ def _settle(cfg: Config, checkpoint_uri: str, class_bonus: Sequence[float] | np.
     if cfg.score.class_bonus and class_bonus is None and cfg.score.scores:  # without scores: for the embeddings alone
         raise ConfigError("score.class_bonus is on, but the labelled images per class are not known here; turn it off or give class_bonus")
     names = score_columns(cfg.score, cfg.query.strategy)
-    classes = read_info(checkpoint_uri).label_set.n_classes
-    if class_bonus is not None and len(class_bonus) != classes:
-        raise InputError(f"class_bonus has {len(class_bonus)} values, the model of {checkpoint_uri} {classes} classes; give one a class")
+    classes = read_info(checkpoint_uri).label_set
+    if class_bonus is not None and len(class_bonus) != (n := classes.n_classes):
+        raise InputError(f"class_bonus has {len(class_bonus)} values, the model of {checkpoint_uri} {n} classes; give one a class")
     cfg = cfg.model_copy(update={"score": cfg.score.model_copy(update={"scores": names})})
-    return cfg, scores_schema(names, cfg.score.embedding_dim)
+    return cfg, scores_schema(names, cfg.score.embedding_dim, classes)
 
 
 class ScoreImages(PoolWorker):

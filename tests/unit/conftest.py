@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -35,3 +36,21 @@ def partial(tmp_path: Path) -> Path:
     made = Fabricator(tiny_config(str(tmp_path / "run")))
     made.choose(0)
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """A bucket of a server on this machine."""
+    pytest.importorskip("s3fs", reason="no s3fs; install it: pip install -e '.[s3]'")
+    server = pytest.importorskip("moto.server", reason="no moto; install it to test S3: pip install 'moto[server]'").ThreadedMotoServer(
+        port=0
+    )
+    server.start()
+    host, port = server.get_host_and_port()
+    before = dict(fsspec.config.conf)
+    fsspec.config.conf["s3"] = {"endpoint_url": f"http://{host}:{port}", "key": "k", "secret": "s"}
+    fsspec.filesystem("s3").mkdir("archive")
+    yield "s3://archive"
+    fsspec.config.conf.clear()
+    fsspec.config.conf.update(before)
+    server.stop()

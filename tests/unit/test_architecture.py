@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("labels", "config"),
     ("images", "archive"),
-    ("datasets", "model", "query"),
+    ("datasets", "model", "query", "export"),
     ("cluster",),
     ("train", "stream", "serving"),
     ("rounds", "report"),

@@ -148,7 +148,7 @@ def test_two_reports_of_one_run_differ_only_in_their_time_and_leave_nothing_out(
         return re.sub(r"Written .*? UTC", "", html)
 
     run = read_run(str(whole))
-    assert without_time(page.render(run)) == without_time(text_of(whole))
+    assert without_time(page.render(run, str(whole / "report"))) == without_time(text_of(whole))
     assert run.notes == []
 
 
@@ -264,7 +264,7 @@ def test_the_first_screen_shows_masks_of_the_pool_where_there_are_no_val_images(
     run = read_run(str(copy_of(whole, tmp_path / "run", without="model.json")))
     hero = page._hero(None, pool_masks(run, S5MARS, Limits()), S5MARS)
     assert len(hero["tiles"]) == 6
-    assert "Images of the archive under their masks" in page.render(run)
+    assert "Images of the archive under their masks" in page.render(run, str(tmp_path / "run" / "report"))
 
 
 @pytest.mark.parametrize(("side_px", "shown"), [(128, 6), (512, 0)])

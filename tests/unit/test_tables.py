@@ -14,7 +14,8 @@ import pytest
 
 from raysal.archive import tables
 from raysal.archive.uris import read_bytes, write_bytes
-from raysal.errors import InputError
+from raysal.errors import DataError, InputError
+from raysal.labels import S5MARS
 
 SCORES = ("entropy", "uncertainty")
 
@@ -171,6 +172,39 @@ def test_files_that_disagree_are_refused(folder: str) -> None:
         tables.read_table(folder)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_a_scan_gives_what_reading_gives_some_rows_at_a_time(folder: str, rows: int) -> None:
+    for name, ids in (("b.parquet", "cd"), ("a.parquet", "abx"), ("sub/c.parquet", "e"), ("empty.parquet", "")):
+        tables.write_table(f"{folder}/{name}", manifest(*ids))
+    batches = list(tables.scan_table(folder, ["uri", "id"], rows))
+    assert pa.Table.from_batches(batches).equals(tables.read_table(folder, ["uri", "id"]))
+    assert max(b.num_rows for b in batches) <= rows
+    assert {b.schema.metadata[b"raysal_table"] for b in batches} == {b"manifest"}
+
+
+def test_a_scan_refuses_what_reading_refuses(folder: str) -> None:
+    tables.write_table(f"{folder}/good.parquet", manifest("a"))
+    with pytest.raises(InputError, match=r"good\.parquet: a manifest table without column score"):
+        list(tables.scan_table(folder, ["id"], 5, needed=["score"]))
+    write_bytes(f"{folder}/torn.parquet", read_bytes(f"{folder}/good.parquet")[:-5])
+    with pytest.raises(InputError, match=r"torn\.parquet: not a whole Parquet file"):
+        list(tables.scan_table(folder, ["id"], 5))
+    with pytest.raises(InputError, match="does not exist"):
+        list(tables.scan_table(f"{folder}/nothing", ["id"], 5))
+
+
 def test_parquet_of_other_programs_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "x.parquet")
     assert tables.read_table(str(tmp_path)).column("id").to_pylist() == ["a"]
+
+
+def test_scores_and_labels_carry_their_classes(tmp_path: Path) -> None:
+    for name, schema in (("scores", tables.scores_schema(SCORES, 0, S5MARS)), ("labels", tables.labels_schema(S5MARS))):
+        tables.write_table(str(tmp_path / f"{name}.parquet"), schema.empty_table())
+        read = tables.read_schema(str(tmp_path / f"{name}.parquet"))
+        assert read.equals(schema, check_metadata=True) and tables.label_set_in(read) == S5MARS
+    assert tables.label_set_in(tables.labels_schema()) is None
+    with pytest.raises(InputError, match="does not exist"):
+        tables.read_schema(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="label set 'table' is not JSON"):
+        tables.label_set_in(tables.labels_schema().with_metadata({tables.LABEL_SET: "half {"}))

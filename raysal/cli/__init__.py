@@ -6,13 +6,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from raysal.cli.archive import index
+from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set
 from raysal.config import Config, load
 from raysal.errors import ConfigError, RaysalError
-from raysal.progress import Ui, interval
+from raysal.progress import Ui, audited, measured, number
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,14 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turns a mission's archive of rover images and about 3% of hand labels into masks for every image.",
 )
-
-Set = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config value, for example --set train.steps=200. Repeatable.")
-]
-ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file; see configs/ for examples and raysal/config.py for every knob.")]
-OptionalConfig = Annotated[Path | None, typer.Option("--config", help="YAML file for the knobs of this stage; defaults otherwise.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout; logs go to stderr.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate of time from a short measurement; change nothing.")]
 
 
 @app.command()
@@ -80,7 +74,7 @@ def train(
     cfg, ui = load(config, set_), _ui(json_)
     with ui, connected(cfg.compute):
         result = train_once(cfg, labels, ui.watcher())
-    ui.result(result, f"checkpoint {result['checkpoint']}\nval mIoU {_number(result['miou'])}")
+    ui.result(result, f"checkpoint {result['checkpoint']}\nval mIoU {number(result['miou'])}")
 
 
 @app.command()
@@ -104,7 +98,7 @@ def evaluate(
     cfg, ui = _of_folder(dataset, reader, config, set_), _ui(json_)
     with ui:
         result = evaluate_checkpoint(checkpoint, cfg, split, ui.progress)
-    ui.result(result, lambda: print(_measured(result), flush=True))
+    ui.result(result, lambda: print(measured(result), flush=True))
 
 
 @app.command()
@@ -141,7 +135,7 @@ def audit(
         return
     if out:
         write_json(out, result)
-    ui.result(result, lambda: print(_audited(result), flush=True))
+    ui.result(result, lambda: print(audited(result), flush=True))
 
 
 Manifest = Annotated[
@@ -213,6 +207,9 @@ def label(
             ui.result({"labels": out, **summary.to_dict()}, f"labels {out}: {summary}")
 
 
+app.command()(index)
+
+
 @app.command()
 def query(
     scores: Annotated[str, typer.Argument(help="Scores table: a folder or file of Parquet.")],
@@ -240,7 +237,7 @@ def query(
     asked = [f"query.strategy={json.dumps(strategy)}"] if strategy is not None else []
     cfg, ui = load(config, [*asked, *set_]), _ui(json_)
     rows = query_scores(scores, cfg, budget, out, labeled, manifest)
-    text = "\n".join(f"{r['rank']:>5}  {_number(r['score'])}  {r['uri']}" for r in rows[:20])
+    text = "\n".join(f"{r['rank']:>5}  {number(r['score'])}  {r['uri']}" for r in rows[:20])
     more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
     ui.result({"queue": out, "chosen": rows}, f"{text}{more}\nqueue {out}: {len(rows)} images by {cfg.query.strategy}")
 
@@ -268,8 +265,49 @@ def synth(
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(help="Run folder.")], json_: Json = False) -> None:
-    """The HTML report of a run: learning curve, per-class IoU, what was asked for, good and bad cases.
+def export(
+    labels: Annotated[str, typer.Argument(help="Table of masks: a folder or file of Parquet.")],
+    format_: Annotated[str, typer.Option("--format", help="png, png-colour, coco, cvat, label-studio or hf; see docs/export.md.")],
+    out: Annotated[str, typer.Option(help="Folder to write to: new, empty, or of an earlier export of the same.")],
+    classes: Annotated[
+        str | None, typer.Option(help="classes.json, or a checkpoint's model.json. Default: what the table carries.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Write only the images of this table: a queue, a manifest, any Parquet with id.")] = None,
+    below: Annotated[
+        str | None, typer.Option(help="Folder that names are counted from. Default: the deepest that all images share.")
+    ] = None,
+    image_root: Annotated[str | None, typer.Option(help="Label Studio: where it finds that folder, as a URL or path of its own.")] = None,
+    with_images: Annotated[bool, typer.Option("--with-images", help="Hugging Face: put the image files in too.")] = False,
+    json_: Json = False,
+) -> None:
+    """Masks in the formats that others read; images without a mask are left out and counted. The same command again starts over.
+
+    Example: raysal export runs/demo/labels --format coco --out runs/demo/coco
+    """
+    from raysal.export.run import export_labels
+
+    ui = _ui(json_)
+    with ui:
+        ui.stage(None, "export", "start", 0)
+        summary = export_labels(
+            labels, format_, out, classes=classes, only=only, below=below, image_root=image_root, with_images=with_images,
+            on_progress=lambda done, total: ui.progress(done, total, {}),
+        )  # fmt: skip
+    for warning in summary.warnings:
+        ui.warning(warning)
+    ui.result(summary.to_dict(), summary.text())
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="Run folder, or folder of scores or labels.")],
+    manifest: Annotated[
+        str | None, typer.Option(help="Scores and labels: manifest with sols (else sites, groups) for the class map.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write to. Default: report/ in a run, FOLDER-report beside a table.")] = None,
+    json_: Json = False,
+) -> None:
+    """The HTML report of a run, or of what raysal score or raysal label wrote: distributions, class maps, good and bad cases, failures.
 
     Example: raysal report runs/demo
     """
@@ -277,13 +315,14 @@ def report(run: Annotated[str, typer.Argument(help="Run folder.")], json_: Json 
 
     ui = _ui(json_)
     with ui:
-        page = build(run)
+        ui.stage(None, "report", "start", 0)
+        page = build(folder, manifest, out, lambda done, total: ui.progress(done, total, {}))
     ui.result({"report": page}, f"report {page}")
 
 
 def packaged_config(name: str) -> Path:
     """A configuration that ships with raysal: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     for folder in (here / "configs", here.parent / "configs"):
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
@@ -341,50 +380,6 @@ def _dry_run(cfg: Config, as_json: bool) -> None:
 
 def _ui(as_json: bool) -> Ui:
     return Ui(as_json)
-
-
-def _number(value: Any) -> str:
-    return "  -  " if value is None else f"{value:.4f}"
-
-
-def _measured(result: dict) -> str:
-    """What an evaluation found, for people: mIoU, calibration error, IoU by class, and the confusion in percent of each true class."""
-    names = list(result["iou"])
-    widths = [max(5, len(name)) for name in names]
-    return "\n".join(
-        [
-            f"mIoU {_number(result['miou'])} on {result['images']} images of {result['split']!r}",
-            f"calibration error (ECE) {_number(result['calibration']['ece'])}",
-            "IoU by class:",
-            *(f"{name:>14}  {_number(value)}" for name, value in result["iou"].items()),
-            "confusion, % of the pixels of each true class (rows) by predicted class (columns):",
-            " " * 14 + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True)),
-            *(
-                f"{name:>14}" + "".join(f"  {cell:>{width}}" for cell, width in zip(_shares(row), widths, strict=True))
-                for name, row in zip(names, result["confusion"], strict=True)
-            ),
-        ]
-    )
-
-
-def _audited(result: dict) -> str:
-    """What an audit found, for people."""
-    lines = [
-        f"mIoU {interval(result['miou'])} of {result['population']} masks (95% interval), from {len(result['images'])} random images, "
-        f"over the {len(result['classes_known'])} of {len(result['iou'])} classes that enough of them show",
-        f"calibration error (ECE) {_number(result['calibration']['ece'])}, pixel accuracy {result['accuracy']:.4f}",
-        "IoU by class:",
-        *(f"{name:>14}  {interval(value)}" for name, value in result["iou"].items()),
-    ]
-    for entry in result["abstention"]:
-        reached = "nothing kept" if entry["reached_of_all"] is None else f"{100 * entry['reached_of_all']:.1f}% right"
-        lines.append(f"kept for {100 * entry['precision']:.0f}% on val: {100 * entry['kept_of_all']:.1f}% of the pixels, {reached}")
-    return "\n".join(lines)
-
-
-def _shares(row: list[int]) -> list[str]:
-    """Percent of a row's sum; a class that no truth shows has none."""
-    return [f"{100 * n / sum(row):.1f}" if any(row) else "-" for n in row]
 
 
 def _quiet() -> None:
