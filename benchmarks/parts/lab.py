@@ -171,7 +171,7 @@ class Lab:
         return run_training.remote(training, self.cache, training.digest(), self.code)
 
     def predicted(self, training: Training, model: dict[str, Any]) -> dict:
-        """Metrics of a training whose model predicts with other settings (``flip``, ``predict``)."""
+        """Metrics of a training whose model predicts with other settings (``flip``, ``predict``); none on the rest of the pool then."""
         if not model:
             return self.trained(training)
         digest = training.digest()
@@ -181,7 +181,7 @@ class Lab:
             return run_evaluation.remote(training, with_(training.cfg, model=model), self.cache, digest)
 
         result: dict = self._once("evaluation-" + digest_of([digest, model])[:32], run)
-        return self.trained(training) | result
+        return self.trained(training) | {"rest": None} | result
 
     def _have_model(self, training: Training) -> None:
         """Trains again where a result is known but its model is not in the cache."""

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -45,6 +45,11 @@ class Spread:
     @property
     def sd(self) -> float:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval of the mean."""
+        return self.mean - self.half
 
     @property
     def half(self) -> float:
@@ -108,7 +113,10 @@ def main_table(found: Found, paper: Mapping[str, float | None]) -> str:
                 f"{published:.2f} ({100 * published / PAPER_FULL:.1f}%)" if published else "-",
             ]
         )
-    return table(["row", "labels", "mIoU", "of full", "against Random (95%)", "rest of the pool", "curve", "paper (of its full)"], rows)
+    return table(
+        ["row", "labels", "mIoU", "of full, same steps", "against Random (95%)", "rest of the pool", "curve", "paper (of its reference)"],
+        rows,
+    )
 
 
 def class_table(found: Found) -> str:
@@ -137,29 +145,34 @@ def bought_table(found: Found) -> str:
 
 
 def worth_table(found: Found) -> str:
-    """Whether a class gains where more of the labelled images show it: rank correlations over all last trainings of rows that bought.
+    """Whether a class gains where more of the labelled images show it: Spearman's rank correlations over rows that bought.
 
-    Rows that train otherwise (without the unlabelled loss, on all labels) are left out; a dash where a column is constant.
+    Rows of one seed share their first labels, so that trainings are not independent: no p values, and once with each seed's mean taken out.
     """
-    bought = [points[-1].record for seeds in found.values() for points in seeds if len(points) > 1]
+    bought = [(k, points[-1].record) for seeds in found.values() for k, points in enumerate(seeds) if len(points) > 1]
     if len(bought) < 4:
         return ""
-    classes = list(bought[0]["iou"])
-    images = {c: [r["class_images"][c] for r in bought] for c in classes}
-    rows = [["labelled images that show it", *(f"{statistics.mean(images[c]):.1f} ± {statistics.stdev(images[c]):.1f}" for c in classes)]]
-    for where, told in (("val", bought), ("rest of the pool", [r["rest"] for r in bought if r.get("rest")])):
-        if len(told) == len(bought):
-            rows.append(
-                [f"correlation with IoU on {where}", *(_correlation(images[c], [r["iou"][c] or 0.0 for r in told]) for c in classes)]
-            )
+    classes, seeds_N = list(bought[0][1]["iou"]), np.array([k for k, _ in bought])
+    images = {c: np.array([float(r["class_images"][c]) for _, r in bought]) for c in classes}
+    rows = [["labelled images that show it", *(f"{images[c].mean():.1f} ± {images[c].std(ddof=1):.1f}" for c in classes)]]
+    for where, told in (("val", [r for _, r in bought]), ("rest of the pool", [r.get("rest") for _, r in bought])):
+        if not all(told):
+            continue
+        iou = {c: np.array([r["iou"][c] or 0.0 for r in told]) for c in classes}
+        rows.append([f"with IoU on {where}", *(_correlation(images[c], iou[c]) for c in classes)])
+        rows.append(["the same within seeds", *(_correlation(_within(images[c], seeds_N), _within(iou[c], seeds_N)) for c in classes)])
     return table([f"{len(bought)} trainings", *classes], rows)
 
 
-def _correlation(x: Sequence[float], y: Sequence[float]) -> str:
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return "-"
-    found = stats.spearmanr(x, y)
-    return f"{found.statistic:+.2f} (p {found.pvalue:.3f})"
+def _within(values_N: np.ndarray, groups_N: np.ndarray) -> np.ndarray:
+    """Values less the mean of their group."""
+    means = {g: values_N[groups_N == g].mean() for g in set(groups_N.tolist())}
+    return (values_N - np.array([means[g] for g in groups_N.tolist()])).round(9)  # equal values stay equal
+
+
+def _correlation(x_N: np.ndarray, y_N: np.ndarray) -> str:
+    constant = min(np.ptp(x_N), np.ptp(y_N)) < 1e-12
+    return "-" if constant else f"{stats.spearmanr(x_N, y_N).statistic:+.2f}"
 
 
 def order(found: Found, paper: Mapping[str, float | None]) -> float:
@@ -170,21 +183,22 @@ def order(found: Found, paper: Mapping[str, float | None]) -> float:
 
 
 def curves(found: Found, file: Path, title: str) -> None:
-    """Learning curves: mean over seeds, a band of one standard deviation, full supervision as lines."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Learning curves: means over seeds, one standard deviation, set side by side; full supervision as lines."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     bought = {n: s for n, s in found.items() if len(s[0]) > 1}
-    colours = [f"C{i}" for i in range(10)] + ["black", "olive", "navy", "crimson"]
-    for (name, seeds), colour in zip(bought.items(), colours, strict=False):
-        labels = [p.labels for p in seeds[0]]
+    colours = [f"C{i}" for i in range(10)] + ["olive", "navy", "crimson"]
+    for i, ((name, seeds), colour) in enumerate(zip(bought.items(), colours, strict=False)):
+        labels = np.array([p.labels for p in seeds[0]]) + 0.3 * (i - len(bought) / 2)
         heights = np.array([[p.record["miou"] for p in points] for points in seeds])
         mean, sd = heights.mean(0), heights.std(0, ddof=1) if len(seeds) > 1 else np.zeros(len(labels))
-        axes.plot(labels, mean, "o-", label=name, color=colour, lw=2.5 if name.startswith("UEQ") else 1.2, ms=4)
-        axes.fill_between(labels, mean - sd, mean + sd, color=colour, alpha=0.08, lw=0)
-    for name, style in ((FULL, "--"), (LONG, ":")):
+        style: dict[str, Any] = {"lw": 2.5} if name.startswith("UEQ") else {"lw": 1.2}
+        style |= {"ls": "--", "color": "black"} if name == RANDOM else {"color": colour}
+        axes.errorbar(labels, mean, sd, marker="o", label=name, ms=4, elinewidth=1, capsize=2, zorder=3 if name == RANDOM else 2, **style)
+    for name, style_ in ((FULL, "--"), (LONG, ":")):
         if name in found:
-            axes.axhline(final(found, name).mean, color="grey", ls=style, label=name)
-    axes.set(xlabel="labelled images", ylabel="mIoU", title=title)
+            axes.axhline(final(found, name).mean, color="grey", ls=style_, label=name)
+    axes.set(xlabel="labelled images (rows set side by side)", ylabel="mIoU on val", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from raysal.archive.tables import read_table, scores_schema, write_table
+from raysal.labels import S5MARS
 from raysal.model.checkpoint import digest_at
 from raysal.stream import job
 from raysal.stream.score import embed, score_pool
@@ -25,7 +26,7 @@ def test_every_image_is_one_row_of_the_schema(scored, checkpoint: str, archive: 
     assert set(rows) == set(manifest["id"].to_pylist())
     assert summary.rows == summary.counts["ok"] == 42
     schema = read_table(str(out)).schema
-    assert schema.equals(scores_schema(SCORES, DIM), check_metadata=True)
+    assert schema.equals(scores_schema(SCORES, DIM, S5MARS), check_metadata=True)
     for image_id, uri in zip(manifest["id"].to_pylist(), manifest["uri"].to_pylist(), strict=True):
         row = rows[image_id]
         assert (row["uri"], row["status"], row["error"], row["model_digest"]) == (uri, "ok", None, digest_at(checkpoint))
