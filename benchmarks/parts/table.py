@@ -199,6 +199,7 @@ def curves(found: Found, file: Path, title: str) -> None:
         if name in found:
             axes.axhline(final(found, name).mean, color="grey", ls=style_, label=name)
     axes.set(xlabel="labelled images (rows set side by side)", ylabel="mIoU on val", title=title)
+    axes.set_xticks(sorted({p.labels for seeds in bought.values() for p in seeds[0]}))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)
