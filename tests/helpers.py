@@ -16,6 +16,9 @@ import yaml
 
 from raysal.config import Config, build
 
+Call = Callable[..., tuple[int, str, str]]
+"""The fixture `raysal` of the unit tests."""
+
 TINY: dict = {
     "name": "tiny",
     "data": {"synthetic": {"images": 24, "val_images": 4, "size_px": 32}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import fsspec
 import pytest
 import torch
 
+from raysal.cli import main
 from raysal.report import build
+from tests.helpers import Call
 from tests.run_folder import Fabricator, fabricate, tiny_config
 
 
@@ -54,3 +57,20 @@ def s3() -> Iterator[str]:
     fsspec.config.conf.clear()
     fsspec.config.conf.update(before)
     server.stop()
+
+
+@pytest.fixture
+def raysal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Calls ``raysal ARGUMENTS`` in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["raysal", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return code, *capfd.readouterr()
+
+    return call

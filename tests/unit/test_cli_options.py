@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,28 +9,10 @@ import pytest
 
 from raysal.archive.tables import read_table, scores_schema, write_table
 from raysal.archive.uris import write_bytes
-from raysal.cli import main
 from raysal.config import Config
 from raysal.errors import InputError, RaysalError
 from raysal.rounds import single
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def raysal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Calls ``raysal ARGUMENTS`` without any Ray: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["raysal", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = int(error.code or 0)
-        return code, *capfd.readouterr()
-
-    return call
+from tests.helpers import Call
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ import json
 import os
 import struct
 import subprocess
-import sys
 import tracemalloc
 import uuid
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,12 @@ from PIL import Image
 
 from raysal.archive.tables import labels_schema, manifest_of, write_table
 from raysal.archive.uris import list_names, read_bytes, write_bytes, write_stream
-from raysal.cli import main
 from raysal.errors import DataError, InputError
 from raysal.export.run import FORMATS, OURS, export_labels
 from raysal.images.masks import encode_mask
 from raysal.labels import AI4MARS
 from raysal.model.checkpoint import INFO
-from tests.helpers import kill_when, start
+from tests.helpers import Call, kill_when, start
 from tests.unit.exports import DIGEST, THREE, id_of, mask, put_labels, row
 
 EVERY = pytest.mark.parametrize("format_", list(FORMATS))
@@ -361,24 +358,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path: Path, format_: str) -> No
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def raysal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Calls ``raysal ARGUMENTS`` in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["raysal", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = int(error.code or 0)
-        return code, *capfd.readouterr()
-
-    return call
-
-
-def test_the_command_tells_what_it_did(tmp_path: Path, labels: str, raysal: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_command_tells_what_it_did(tmp_path: Path, labels: str, raysal: Call) -> None:
     code, out, _ = raysal("export", labels, "--format", "coco", "--out", str(tmp_path / "out"))
     assert (code, out.strip()) == (0, f"coco {tmp_path}/out: 2 masks; left out: 1 fetch")
     code, out, err = raysal("export", labels, "--format", "label-studio", "--out", str(tmp_path / "ls"), "--json")
@@ -386,13 +366,13 @@ def test_the_command_tells_what_it_did(tmp_path: Path, labels: str, raysal: Call
     assert "warning: Label Studio can't open paths" in " ".join(err.split())
 
 
-def test_the_command_ends_with_2_where_it_cannot_be_meant(tmp_path: Path, labels: str, raysal: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_command_ends_with_2_where_it_cannot_be_meant(tmp_path: Path, labels: str, raysal: Call) -> None:
     code, out, err = raysal("export", labels, "--format", "tiff", "--out", str(tmp_path / "out"))
     assert code == 2 and out == "" and "no format 'tiff'; there are png" in err
     assert raysal("export", labels, "--format", "png")[0] == 2
 
 
-def test_every_format_says_what_it_may_delete_and_the_help_names_it(raysal: Callable[..., tuple[int, str, str]]) -> None:
+def test_every_format_says_what_it_may_delete_and_the_help_names_it(raysal: Call) -> None:
     assert FORMATS.keys() == OURS.keys()
     code, out, _ = raysal("export", "--help")
     assert code == 0 and "Example: raysal export" in out

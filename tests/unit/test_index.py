@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,10 +19,10 @@ from raysal.archive.index import index, rows_of
 from raysal.archive.known import CHANGED, NEW, SAME, UNSEEN, Known
 from raysal.archive.tables import manifest_schema, read_table, write_table
 from raysal.archive.uris import absolute, list_names, open_fs, read_bytes, remove_tree, write_bytes
-from raysal.cli import main
 from raysal.errors import InputError, ResourceError
 from raysal.rounds.single import open_manifest
 from raysal.stream.job import _check_manifest
+from tests.helpers import Call
 from tests.manifests import fill, record, rows_in, uris
 
 NAVCAM = "NLB_516721703EDR_{}0540992CCAM15900M1.JPG"
@@ -313,25 +311,6 @@ def test_what_is_known_of_a_file_follows_its_content() -> None:
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def raysal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Calls ``raysal ARGUMENTS``: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["raysal", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = int(error.code or 0)
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def test_the_command_says_what_it_did(tmp_path: Path, raysal: Call) -> None:

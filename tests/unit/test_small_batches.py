@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -128,22 +129,31 @@ def test_new_images_are_labelled_while_a_place_is_watched(place: Path, tmp_path:
     shutil.copy(scenes[0], inbox)
     model = json.dumps(MODEL)
     command = [sys.executable, "-m", "raysal", "label", str(place / "checkpoint"), str(inbox), "--out", str(out), "--watch", "1"]
-    process = subprocess.Popen([*command, "--set", f"model={model}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = tmp_path / "said.txt"
+    with said.open("w") as stdout:
+        process = subprocess.Popen(
+            [*command, "--set", f"model={model}"],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
 
-    def rows() -> int:
-        return len(read_table(str(out), ["id"])) if (out / "_SUCCESS").exists() else 0
+    def told() -> int:
+        return said.read_text().count("1 of ")
 
     try:
         for wanted in (1, 2, 3):
             if wanted > 1:
                 shutil.copy(scenes[wanted - 1], inbox)
             deadline = time.monotonic() + 120
-            while rows() < wanted:
+            while told() < wanted:
                 assert process.poll() is None, process.stderr.read()
                 assert time.monotonic() < deadline, "the new image was never labelled"
                 time.sleep(0.1)
+            assert len(read_table(str(out), ["id"])) == wanted
         assert psutil.Process(process.pid).is_running()
     finally:
         process.terminate()
-        said, _ = process.communicate(timeout=60)
-    assert said.count("1 of ") >= 2  # the signal may come between the last row and its line
+        process.communicate(timeout=60)
+    assert told() == 3
