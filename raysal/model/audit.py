@@ -128,4 +128,5 @@ def _intervals(of: Any, n: int, values: np.ndarray, seed: int) -> list[tuple[flo
         rng=np.random.default_rng(seed),
         method="percentile",
     )
-    return [(min(float(low), float(v)), max(float(high), float(v))) for v, low, high in zip(values, *drawn.confidence_interval, strict=True)]
+    ends = np.minimum(drawn.confidence_interval.low, values), np.maximum(drawn.confidence_interval.high, values)
+    return list(zip(*(e.tolist() for e in ends), strict=True))
