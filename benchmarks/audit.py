@@ -32,7 +32,7 @@ def counted(dataset: Dataset, items: list[Item], predictor: Predictor) -> tuple[
     """Confusion [n, C, C] of each image, rows truth, and pixels without a truth by prediction [n, C]."""
     n = dataset.label_set.n_classes
     confusions, blanks = np.zeros((len(items), n, n)), np.zeros((len(items), n))
-    for i, item in enumerate(track(items, "masks", disable=None)):
+    for i, item in enumerate(track(items, "masks")):
         image = dataset.image(item)
         mask, truth = predictor.predict([image]).masks[0], dataset.mask(item, image.shape[:2])
         confusions[i] = confusion(torch.from_numpy(mask), torch.from_numpy(truth), n).numpy()
@@ -47,7 +47,7 @@ def audited(split: str, confusions: np.ndarray, blanks: np.ndarray, audits: int)
     rows, claims = [], []
     for size in SIZES:
         found, class_held = [], []
-        for k in track(range(audits), f"{size} images", disable=None):
+        for k in track(range(audits), f"{size} images"):
             drawn = rng.choice(len(confusions), size, replace=False)
             miou, by_class = estimate(confusions[drawn], blanks[drawn], predicted_C, len(confusions), k)
             known = [c for c, e in enumerate(by_class) if not np.isnan(e.value)]
