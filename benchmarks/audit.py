@@ -9,6 +9,7 @@ intervals are made was settled on the pool; val shows whether that holds elsewhe
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from raysal.archive.tables import read_table
 from raysal.config import load
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build
+from raysal.errors import InputError, RaysalError
 from raysal.labels import IGNORE
 from raysal.model.audit import class_iou, estimate
 from raysal.model.metrics import confusion
@@ -61,16 +63,23 @@ def audited(split: str, confusions: np.ndarray, blanks: np.ndarray, audits: int)
     return claims, rows
 
 
-def main() -> None:
+def run() -> None:
+    """Draws the audits and writes what they show."""
     parser = options(__doc__)
     parser.add_argument("--data", required=True, help="the labelled set that the run was made on, in raysal's folder layout")
     parser.add_argument("--weights", help="not used: the run has its model")
     parser.add_argument("--run", default="runs/marsscapes", help="folder of a finished run")
-    parser.add_argument("--label-set", default="marsscapes")
+    parser.add_argument("--label-set", default="marsscapes", help="classes of the masks: a name or a classes.json")
     parser.add_argument("--audits", type=int, default=400, help="of each size")
     args = parser.parse_args()
+    for place in (args.data, args.run):
+        if not Path(place).is_dir():
+            hint = "" if place == args.data else "; benchmarks/marsscapes_loop.py makes one"
+            raise InputError(f"{place}: no such folder{hint}")
     cfg = load(None, ["data.reader=folder", f"data.root={args.data}", f"data.label_set={args.label_set}"])
-    rounds = sorted((Path(args.run) / "rounds").iterdir())
+    rounds = sorted(place.parent for place in Path(args.run).glob("rounds/*/checkpoint"))
+    if not rounds:
+        raise InputError(f"{args.run}: no round with a checkpoint in it; let the run finish, or name another with --run")
     learnt = {name for folder in rounds for name in read_table(str(folder / "labels.parquet"), ["name"])["name"].to_pylist()}
     dataset, predictor = build(cfg.data, cfg.run), Predictor.load(str(rounds[-1] / "checkpoint"))
     claims, rows, sizes = [], [], []
@@ -89,6 +98,14 @@ def main() -> None:
     )
     places = {"DATA": args.data, "RUN": args.run} | ({"WEIGHTS": args.weights} if args.weights else {})
     write("audit", "Audits of masks: intervals against the truth", claims, args.out, notes, places)
+
+
+def main() -> None:
+    try:
+        run()
+    except RaysalError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ class Spread:
         n = len(self.values)
         return float(stats.t.ppf(0.975, n - 1) * self.sd / math.sqrt(n)) if n > 1 else math.nan
 
+    def interval(self, sign: str = "") -> str:
+        """Mean and half the width of its interval."""
+        return f"{self.mean:{sign}.3f} ± {self.half:.3f}" if len(self.values) > 1 else f"{self.mean:{sign}.3f}"
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.sd:.3f}" if len(self.values) > 1 else f"{self.mean:.3f}"
 
@@ -94,19 +98,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def main_table(found: Found, paper: Mapping[str, float | None]) -> str:
-    """mIoU, what it is of full supervision, mIoU on the rest of the pool, the curve's area, the gain over Random, the paper's figure."""
-    ceiling = FULL in found
+def main_table(found: Found, paper: Mapping[str, float | None], full: Mapping[str, str | None]) -> str:
+    """mIoU, what it is of full supervision, mIoU on the rest of the pool, the curve's area, the gain over Random, the paper's figure.
+
+    Args:
+        found: What was measured.
+        paper: The published mIoU by row.
+        full: By row, the row with all labels that trains as it does, or None.
+    """
     rows = []
     for name, seeds in found.items():
         value, published = final(found, name), paper.get(name)
         better = gain(found, name, RANDOM) if RANDOM in found and name != RANDOM else None
+        ceiling = full.get(name) if full.get(name) in found else None
         rows.append(
             [
                 name,
                 f"{seeds[0][-1].labels:,}",
                 str(value),
-                f"{100 * value.mean / final(found, FULL).mean:.1f}%" if ceiling else "-",
+                f"{100 * value.mean / final(found, ceiling).mean:.1f}%" if ceiling else "-",
                 f"{better.mean:+.3f} ± {better.half:.3f}" if better else "-",
                 str(rest(found, name) or "-"),
                 f"{Spread(tuple(area(points) for points in seeds)).mean:.3f}" if len(seeds[0]) > 1 else "-",
@@ -114,9 +124,48 @@ def main_table(found: Found, paper: Mapping[str, float | None]) -> str:
             ]
         )
     return table(
-        ["row", "labels", "mIoU", "of full, same steps", "against Random (95%)", "rest of the pool", "curve", "paper (of its reference)"],
+        ["row", "labels", "mIoU", "of full, same recipe", "against Random (95%)", "rest of the pool", "curve", "paper (of its reference)"],
         rows,
     )
+
+
+def pairs_table(found: Found, against: Mapping[str, Sequence[str]], draws: Sequence[str]) -> str:
+    """Each row beside what it is to be compared with, draw by draw: differences on the measured images and on the rest of the pool, ratio.
+
+    Args:
+        found: What was measured.
+        against: By row, the rows that it is compared with.
+        draws: Names of the seeds (on folds: of seed and fold), in the order of ``found``.
+    """
+    rows = []
+    for name, others in against.items():
+        for other in others:
+            if name not in found or other not in found or name == other:
+                continue
+            here, pair = gain(found, name, other), (rest(found, name), rest(found, other))
+            there = Spread(tuple(a - b for a, b in zip(pair[0].values, pair[1].values, strict=True))) if pair[0] and pair[1] else None
+            ratio = relative(found, name, other)
+            beyond = f"{there.interval('+')} ({', '.join(f'{v:+.3f}' for v in there.values)})" if there else "-"
+            rows.append([name, other, *(f"{v:+.3f}" for v in here.values), here.interval("+"), ratio.interval(), beyond])
+    return table(["row", "against", *draws, "mean (95%)", "ratio (95%)", "rest of the pool: mean (95%) and draws"], rows) if rows else ""
+
+
+def rows_of(found: Found, draws: Sequence[str]) -> dict[str, Any]:
+    """Everything that the tables are made of, by row and draw, for other programs."""
+    return {
+        name: {
+            draw: {
+                "labels": [p.labels for p in points],
+                "miou": [p.record["miou"] for p in points],
+                "area": area(points),
+                "iou": points[-1].record["iou"],
+                "rest": points[-1].record.get("rest"),
+                "class_images": points[-1].record["class_images"],
+            }
+            for draw, points in zip(draws, seeds, strict=True)
+        }
+        for name, seeds in found.items()
+    }
 
 
 def class_table(found: Found) -> str:
@@ -144,7 +193,7 @@ def bought_table(found: Found) -> str:
     return table(["images with", *classes, "classes not seen", "panoramas", "sites"], rows)
 
 
-def worth_table(found: Found) -> str:
+def worth_table(found: Found, where: str = "val") -> str:
     """Whether a class gains where more of the labelled images show it: Spearman's rank correlations over rows that bought.
 
     Rows of one seed share their first labels, so that trainings are not independent: no p values, and once with each seed's mean taken out.
@@ -155,11 +204,11 @@ def worth_table(found: Found) -> str:
     classes, seeds_N = list(bought[0][1]["iou"]), np.array([k for k, _ in bought])
     images = {c: np.array([float(r["class_images"][c]) for _, r in bought]) for c in classes}
     rows = [["labelled images that show it", *(f"{images[c].mean():.1f} ± {images[c].std(ddof=1):.1f}" for c in classes)]]
-    for where, told in (("val", [r for _, r in bought]), ("rest of the pool", [r.get("rest") for _, r in bought])):
+    for place, told in ((where, [r for _, r in bought]), ("rest of the pool", [r.get("rest") for _, r in bought])):
         if not all(told):
             continue
         iou = {c: np.array([r["iou"][c] or 0.0 for r in told]) for c in classes}
-        rows.append([f"with IoU on {where}", *(_correlation(images[c], iou[c]) for c in classes)])
+        rows.append([f"with IoU on {place}", *(_correlation(images[c], iou[c]) for c in classes)])
         rows.append(["the same within seeds", *(_correlation(_within(images[c], seeds_N), _within(iou[c], seeds_N)) for c in classes)])
     return table([f"{len(bought)} trainings", *classes], rows)
 
@@ -175,11 +224,13 @@ def _correlation(x_N: np.ndarray, y_N: np.ndarray) -> str:
     return "-" if constant else f"{stats.spearmanr(x_N, y_N).statistic:+.2f}"
 
 
-def order(found: Found, paper: Mapping[str, float | None]) -> float:
-    """Spearman's rank correlation of the paper's rows with ours."""
-    rows = [name for name in found if paper.get(name) and name != FULL]
-    ours, theirs = [final(found, r).mean for r in rows], [paper[r] for r in rows]
-    return float(stats.spearmanr(ours, theirs).statistic) if len(rows) > 2 else math.nan
+def order(found: Found, paper: Mapping[str, float | None]) -> tuple[float, float]:
+    """Spearman's rank correlation of the paper's rows with ours, and its two-sided p value."""
+    rows = [name for name in found if paper.get(name)]
+    if len(rows) < 3:
+        return math.nan, math.nan
+    answer = stats.spearmanr([final(found, r).mean for r in rows], [paper[r] for r in rows])
+    return float(answer.statistic), float(answer.pvalue)
 
 
 def curves(found: Found, file: Path, title: str) -> None:

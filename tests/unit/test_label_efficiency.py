@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="benc
 def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield importlib.import_module("label_efficiency")
-    for name in ("label_efficiency", "common", "parts", "parts.lab", "parts.plain", "parts.table"):
+    for name in ("label_efficiency", "common", "parts", "parts.lab", "parts.plain", "parts.probes", "parts.table"):
         sys.modules.pop(name, None)
 
 
@@ -167,9 +168,20 @@ def test_tables_say_what_was_measured(program: ModuleType, comparison: Any) -> N
     paper = {row.name: row.paper for row in program.ROWS}
     values = [points[-1].record["miou"] for points in found["UEQ, 4 rounds"]]
     assert table.final(found, "UEQ, 4 rounds").mean == pytest.approx(sum(values) / 3)
-    text = table.main_table(found, paper)
+    text = table.main_table(found, paper, {row.name: row.full for row in program.ROWS})
     assert f"| UEQ, 4 rounds | 32 | {table.final(found, 'UEQ, 4 rounds')} |" in text and "76.73 (95.7%)" in text
     assert len(text.splitlines()) == 2 + len(rows)
+    long = next(line for line in text.splitlines() if line.startswith(f"| {table.LONG} |"))
+    assert "| - |" in long and "%" not in long, "six times the steps have no row with all labels to be compared with"
+    pairs = table.pairs_table(found, {"UEQ, 4 rounds": ("Random", "Not run"), "Random": ("Random",)}, ["seed 0", "seed 1", "seed 2"])
+    line = pairs.splitlines()[2]
+    a, b = table.final(found, "UEQ, 4 rounds").values, table.final(found, "Random").values
+    gains = [f"{x - y:+.3f}" for x, y in zip(a, b, strict=True)]
+    halves = [f"{(x - y) / 2:+.3f}" for x, y in zip(a, b, strict=True)]
+    assert len(pairs.splitlines()) == 3 and line.startswith(f"| UEQ, 4 rounds | Random | {' | '.join(gains)} | ")
+    assert line.endswith(f"({', '.join(halves)}) |")
+    told = table.rows_of(found, ["seed 0", "seed 1", "seed 2"])["UEQ, 4 rounds"]["seed 2"]
+    assert told["miou"][-1] == values[2] and told["labels"][-1] == 32 and told["area"] == table.area(found["UEQ, 4 rounds"][2])
     row = next(line for line in text.splitlines() if line.startswith("| Random | "))
     assert f"| {table.rest(found, 'Random')} |" in row and table.rest(found, "Random").mean == pytest.approx(
         table.final(found, "Random").mean / 2
@@ -200,6 +212,45 @@ def test_every_variant_is_a_row_that_changes_what_it_says(program: ModuleType, c
                 assert getattr(getattr(cfg, section), knob) != getattr(getattr(plain, section), knob), row.name
 
 
+def test_every_kept_training_is_in_the_table_of_probes(program: ModuleType, tmp_path: Path) -> None:
+    def entry(k: int, seed: int, weight: float, miou: float, labels: list[str] | str) -> dict:
+        config = {"seed": seed, "cps": {"weight": weight}, "train": {"steps": 10}}
+        value = {"config": config, "seed": seed, "fold": [1, 3], "labels_n": 2, "labels": labels, "miou": miou}
+        return {"key": f"training-{k}", "value": value}
+
+    trainings = [
+        entry(0, 0, 0.3, 0.25, ["a", "b"]),
+        entry(1, 0, 0.3, 0.125, ["a", "c"]),
+        entry(2, 1, 0.3, 0.5, "all"),
+        entry(3, 1, 1.0, 0.75, "all"),
+    ]
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(json.dumps(e) + "\n" for e in [{"key": "data", "value": "x"}, *trainings]))
+    text = program.probes.told(kept)
+    assert "4 trainings" in text and "the same in all: train.steps=10." in text
+    assert [line for line in text.splitlines() if line.startswith("| fold")] == [
+        "| fold 1/3 | 2 | cps.weight=0.3 | 0: 0.125, 0.250 |",
+        "| fold 1/3 | all | cps.weight=0.3 | 1: 0.500 |",
+        "| fold 1/3 | all | cps.weight=1.0 | 1: 0.750 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", ".", "--weights", "no.safetensors"], "--weights"),
+        (["--data", "DATA", "--rows", "Rnadom"], "no row is called 'Rnadom'"),
+    ],
+)
+def test_bad_usage_is_one_message_and_no_traceback(given: list[str], told: str, tmp_path: Path) -> None:
+    write_archive(str(tmp_path / "data"), 4, 2, 32, 0)
+    command = [sys.executable, str(ROOT / "benchmarks" / "label_efficiency.py"), "--out", str(tmp_path / "out"), "--quick"]
+    done = subprocess.run([*command, *(x.replace("DATA", "data") for x in given)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists(), "nothing was begun"
+
+
 def test_pictures_are_drawn(program: ModuleType, comparison: Any, tmp_path: Path) -> None:
     rows = {row.name: row for row in program.ROWS}
     found = {
@@ -221,6 +272,7 @@ def test_a_class_that_gains_by_its_images_is_told_from_one_that_does_not(program
     val, within, rest, _ = program.table.worth_table({"UEQ": trained} | alone).splitlines()[3:]
     assert val == "| with IoU on val | +1.00 | - |" and rest.endswith("| -1.00 | - |")
     assert within.endswith("| - | - |"), "one training a seed: nothing is left within it"
+    assert "| with IoU on the folds | +1.00 | - |" in program.table.worth_table({"UEQ": trained} | alone, "the folds")
     more = {"Other": [[point(0, 0), point(n, 5)] for n in (2, 5, 3, 4)]}
     assert "| the same within seeds | +1.00 | - |" in program.table.worth_table({"UEQ": trained} | more)
     assert program.table.worth_table({"UEQ": trained[:3]} | alone) == ""
