@@ -62,6 +62,9 @@ class DataConfig(Section):
     input_scale: Annotated[float, Field(gt=0, le=4)] = 1.0  # images enter the network resized by this; masks leave at full size
     max_bytes: Positive = 256 * 2**20  # a larger file is refused before it is read (status "limit")
     max_pixels: Positive = 64 * 2**20  # a larger image is refused before it is decoded (status "limit")
+    max_bands: Positive = 4  # an archive product of more is refused (status "limit"); raise it to use the first three bands of a cube
+    max_seconds: PositiveFloat = 120.0  # an image of an archive that takes longer to fetch is given up (status "fetch")
+    black_border: bool = True  # black areas at an image's edge are no data; off where the darkest pixels are measurements
     synthetic: SyntheticConfig = SyntheticConfig()
 
 

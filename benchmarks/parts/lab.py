@@ -115,6 +115,7 @@ def decides(cfg: Config) -> dict[str, Any]:
     """What of a configuration decides a training, without paths of this machine."""
     tree = cfg.model_dump(mode="json", include=DECIDES, exclude_defaults=True)
     tree.get("data", {}).pop("root", None)
+    tree.get("data", {}).pop("black_border", None)  # decides which pixels a score counts, not how a network learns
     weights = cfg.model.encoder_weights
     if weights and exists(weights):
         tree["model"]["encoder_weights"] = hashlib.sha256(read_bytes(weights)).hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import difflib
 import errno
@@ -10,15 +11,23 @@ import functools
 import io
 import os
 import posixpath
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
+import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from raysal.errors import ImageError, InputError, RaysalError
+
+PIECE = 2**20
+"""Bytes that are read from a store at once."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+"""Suffixes of files that have no label beside them."""
 
 
 def open_fs(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -117,22 +126,71 @@ def read_bytes(uri: str) -> bytes:
     return bytes(data)
 
 
-def fetch_image(uri: str, max_bytes: int) -> bytes:
+def fetch_image(uri: str, max_bytes: int, max_seconds: float = 120.0) -> bytes:
     """The bytes of one image of an archive.
 
+    A store that stops answering is given up after max_seconds where its driver can be interrupted (HTTP, S3 and the other asynchronous
+    ones); elsewhere the clock is looked at between pieces.
+
     Raises:
-        ImageError: status ``limit`` where the file is larger than max_bytes, ``fetch`` where it can't be had.
+        ImageError: status ``limit`` where the file is larger than max_bytes, ``fetch`` where it can't be had, or not in time.
     """
     try:
         fs, path = open_fs(uri)
-        with fs.open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except ImageError:
-        raise
+        if getattr(fs, "async_impl", False) and hasattr(fs, "open_async") and not getattr(fs, "asynchronous", False):
+            data = fsspec.asyn.sync(fs.loop, _read_async, fs, path, max_bytes + 1, timeout=max_seconds)
+        else:
+            data = _read_pieces(fs, path, max_bytes + 1, time.monotonic() + max_seconds)
+    except (TimeoutError, asyncio.TimeoutError) as error:  # fsspec's own is one, too
+        slow = f"{uri}: not there after {max_seconds:g} s; is the store slow? Raise data.max_seconds, or retry the failed images later"
+        raise ImageError("fetch", slow) from error
     except Exception as error:  # drivers raise their own types; every one means that the bytes are not to be had
         raise ImageError("fetch", f"{uri}: {type(error).__name__}: {error}") from error
     if len(data) > max_bytes:
         raise ImageError("limit", f"{uri}: more than {max_bytes} bytes; raise data.max_bytes if such files are wanted")
+    return data
+
+
+def fetch_label(uri: str, max_bytes: int = 2**20, max_seconds: float = 120.0) -> bytes | None:
+    """The detached label beside an archive product's data file (``.xml``, ``.lbl``, of the same name), or None.
+
+    Raises:
+        ImageError: As `fetch_image`, where there is one that can't be had.
+    """
+    inner, chained, outer = uri.partition("::")
+    stem, own = posixpath.splitext(inner)
+    if own.lower() in PICTURES:
+        return None
+    for suffix in (".xml", ".LBL", ".lbl", ".XML"):
+        beside = f"{stem}{suffix}{chained}{outer}"
+        try:
+            return fetch_image(beside, max_bytes, max_seconds)
+        except ImageError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+    return None
+
+
+async def _read_async(fs: Any, path: str, n_bytes: int) -> bytes:
+    """At most so many bytes of a file; what more there is stays where it is."""
+    file = await fs.open_async(path, "rb")
+    data = bytearray()
+    try:
+        while len(data) < n_bytes and (piece := await file.read(min(PIECE, n_bytes - len(data)))):
+            data += piece
+    finally:
+        await file.close()
+    return bytes(data)
+
+
+def _read_pieces(fs: fsspec.AbstractFileSystem, path: str, n_bytes: int, deadline: float) -> bytes:
+    """As `_read_async`. Raises TimeoutError where the clock runs out between two pieces."""
+    data = bytearray()
+    with fs.open(path, "rb") as file:
+        while len(data) < n_bytes and (piece := file.read(min(PIECE, n_bytes - len(data)))):
+            data += piece
+            if time.monotonic() > deadline:
+                raise TimeoutError
     return bytes(data)
 
 

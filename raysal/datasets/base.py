@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from raysal.archive.uris import fetch_image
+from raysal.archive.uris import fetch_image, fetch_label
 from raysal.errors import DataError, ImageError
 from raysal.images.decode import decode_image
 from raysal.images.masks import decode_mask
@@ -59,7 +60,7 @@ class Dataset:
 
     def image(self, item: Item) -> np.ndarray:
         """uint8 [H, W, 3] RGB. Raises ImageError (fetch, decode, limit)."""
-        return decode_image(fetch_image(item.image, self.max_bytes), self.max_pixels, item.image)
+        return decode_image(fetch_image(item.image, self.max_bytes), self.max_pixels, item.image, partial(fetch_label, item.image))
 
     def valid(self, item: Item, shape_HW: tuple[int, int]) -> np.ndarray:
         """bool [H, W]: pixels inside the image that no exclude mask covers; known without labels."""

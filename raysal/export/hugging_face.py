@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raysal.archive.uris import fetch_image, join, write_bytes, write_stream
+from raysal.archive.uris import fetch_image, fetch_label, join, write_bytes, write_stream
 from raysal.errors import ImageError
 from raysal.export.job import Job, Labelled, parts
 from raysal.images.decode import decode_image, open_image
@@ -86,7 +87,7 @@ def image_file(data: bytes, max_pixels: int, uri: str) -> bytes:
         if error.status == "limit":
             raise
     file = io.BytesIO()
-    Image.fromarray(decode_image(data, max_pixels, uri)).save(file, "PNG")
+    Image.fromarray(decode_image(data, max_pixels, uri, partial(fetch_label, uri))).save(file, "PNG")
     return file.getvalue()
 
 

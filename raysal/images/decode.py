@@ -3,47 +3,140 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from scipy import ndimage
 
 from raysal.errors import ImageError
+from raysal.images import products
 
 FORMATS = tuple(p.format for p in (JpegImagePlugin.JpegImageFile, PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile))
 """Every other format that pillow knows stays closed: fewer parsers stand between hostile bytes and the machine."""
 
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\x00", b"MM\x00*")
+"""How JPEG, PNG and TIFF files begin: no label beside them is asked for."""
 
-def decode_image(data: bytes, max_pixels: int, name: str) -> np.ndarray:
-    """Decodes a JPEG, PNG or TIFF file to RGB.
+MAX_BANDS = 4
+"""Of a product, where nobody says otherwise."""
 
-    Grey becomes three equal channels, palettes their colours, CMYK and YCbCr RGB; alpha is dropped, not blended; of several
-    frames the first is taken. 16-bit grey is scaled by one fixed rule, ``round(value / 257)``, so that 65535 becomes 255 and
-    equal brightness stays equal over images (12-bit values in 16-bit files come out dark: scale those before).
+PERCENTILES = (0.5, 99.5)
 
-    EXIF orientation is not applied: masks, exclude masks and archive coordinates all refer to the raster as stored, and a
-    turned image would part from them.
+MIN_BORDER = 0.01
+"""Share of an image that a black border takes at least."""
+
+Label = Callable[[], bytes | None] | None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image ready for the network.
+
+    Attributes:
+        image_HWC: uint8 [H, W, 3] RGB, C-contiguous and writable.
+        valid_HW: bool [H, W]; False where there is no data: codes of the product's label, transparent pixels, black borders.
+    """
+
+    image_HWC: np.ndarray
+    valid_HW: np.ndarray
+
+
+def decode_image(data: bytes, max_pixels: int, name: str, label: Label = None, max_bands: int = MAX_BANDS) -> np.ndarray:
+    """The pixels of `decode`, for who does not ask where there is no data."""
+    return decode(data, max_pixels, name, label, max_bands, borders=False).image_HWC
+
+
+def decode(data: bytes, max_pixels: int, name: str, label: Label = None, max_bands: int = MAX_BANDS, borders: bool = True) -> Decoded:
+    """Decodes a JPEG, PNG, TIFF, PDS3, PDS4 or VICAR file to RGB.
+
+    Grey becomes three equal channels, palettes their colours, CMYK and YCbCr RGB; of several frames the first is taken, of more than three
+    bands the first three. Samples of more than 8 bits are stretched to 8 (`stretch`). Alpha is dropped, not blended; where it is zero
+    there is no data.
+
+    EXIF orientation and a PDS4 label's display direction are not applied: masks, exclude masks and archive coordinates all refer to the
+    raster as stored, and a turned image would part from them.
 
     Args:
         data: The whole file.
         max_pixels: Largest height x width to accept, checked on the header before decoding.
         name: What error messages call the file, usually its URI.
-
-    Returns:
-        uint8 [H, W, 3] RGB, C-contiguous and writable.
+        label: Fetches the label beside the file; called only where the file is no image by itself.
+        max_bands: Most bands of a product to accept.
+        borders: Whether black borders count as no data (`black_border`).
 
     Raises:
-        ImageError: status ``limit`` where the image is too large, ``decode`` where the bytes are damaged or no image.
+        ImageError: status ``limit`` where the image is too large, ``decode`` where the bytes are damaged or no image; or what `label`
+            raises.
     """
     try:
+        if products.attached(data):
+            return _product(products.read_product(data, None, max_pixels, max_bands, name), borders)
+        if label is not None and not data.startswith(SIGNATURES) and (beside := label()) is not None:
+            return _product(products.read_product(data, beside, max_pixels, max_bands, name), borders)
         with open_image(io.BytesIO(data), max_pixels, name) as image:
-            return np.ascontiguousarray(_rgb(image, name))
+            image_HWC = np.ascontiguousarray(_rgb(image))
+            valid_HW = ~black_border(image_HWC) if borders else np.ones(image_HWC.shape[:2], bool)
+            if "A" in image.getbands():
+                valid_HW &= np.asarray(image.getchannel("A")) > 0
+            return Decoded(image_HWC, valid_HW)
     except ImageError:
         raise
     except MemoryError as error:
         raise ImageError("limit", f"{name}: not enough memory to decode it; lower data.max_pixels") from error
-    except Exception as error:  # each pillow plugin raises its own types on damaged bytes; every one means the same to us
+    except Exception as error:  # each library raises its own types on damaged bytes; every one means the same to us
         raise ImageError("decode", f"{name}: damaged image ({_one_line(error)}); fetch or export the file again") from error
+
+
+def stretch(values_HWB: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
+    """Samples of more than 8 bits to the 8 that networks are trained on: linear, from the 0.5th to the 99.5th percentile of what is valid.
+
+    Bands are stretched together, so that colours stay. Percentiles of each image, as its 12-bit counts, radiances or reflectances have no
+    common scale, and exposures differ; so brightness compares within an image only.
+
+    Args:
+        values_HWB: Any integer or real type.
+        valid_HW: bool [H, W].
+
+    Returns:
+        uint8 [H, W, B]; 0 where not valid, and 127 everywhere where an image has one value.
+    """
+    measured = values_HWB[valid_HW]
+    if not measured.size:
+        return np.zeros(values_HWB.shape, np.uint8)
+    low, high = np.percentile(measured, PERCENTILES).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        share_HWB = (values_HWB.astype(np.float32) - low) / (high - low) if high > low else np.full(values_HWB.shape, 0.5, np.float32)
+    return np.where(valid_HW[:, :, None], np.nan_to_num(share_HWB).clip(0, 1) * 255, 0).astype(np.uint8)
+
+
+def black_border(image_HWC: np.ndarray) -> np.ndarray:
+    """bool [H, W]: where mosaics and warped frames are filled up with black.
+
+    Pixels that are 0 in every channel and hang together with the image's edge, where they are at least a hundredth of it: a shadow
+    at the edge is rarely that black and that large.
+    """
+    black_HW: np.ndarray = np.logical_not(image_HWC.any(axis=2))
+    edges = (black_HW[0], black_HW[-1], black_HW[:, 0], black_HW[:, -1])
+    if black_HW.sum() < MIN_BORDER * black_HW.size or not any(edge.any() for edge in edges):
+        return np.zeros_like(black_HW)
+    area_HW, n = ndimage.label(black_HW)
+    sizes = np.bincount(area_HW.ravel(), minlength=n + 1)
+    touching = np.unique(np.concatenate([area_HW[0], area_HW[-1], area_HW[:, 0], area_HW[:, -1]]))
+    filled = [area for area in touching if area and sizes[area] >= MIN_BORDER * black_HW.size]
+    return np.isin(area_HW, filled)
+
+
+def _product(samples: products.Samples, borders: bool) -> Decoded:
+    values_HWB, valid_HW = samples.values_HWB, samples.valid_HW
+    if borders:
+        valid_HW = valid_HW & ~black_border(values_HWB)
+    if values_HWB.dtype != np.uint8:
+        values_HWB = stretch(values_HWB, valid_HW)
+    image_HWC = np.repeat(values_HWB, 3, axis=2) if values_HWB.shape[2] == 1 else values_HWB.copy()
+    return Decoded(np.ascontiguousarray(image_HWC), valid_HW)
 
 
 def image_size(file: BinaryIO, max_pixels: int, name: str) -> tuple[int, int]:
@@ -107,17 +200,12 @@ def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
         )
 
 
-def _rgb(image: Image.Image, name: str) -> np.ndarray:
+def _rgb(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3] by the rules that `decode_image` states."""
     mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # older pillow gives 16-bit PNGs mode I
-        image_HW = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return np.repeat(image_HW.astype(np.uint8)[:, :, None], 3, axis=2)
-    if mode in ("I", "F"):
-        raise ImageError(
-            "decode",
-            f"{name}: 32-bit or signed samples (pillow mode {mode}) have no fixed brightness range; save it as 8-bit or unsigned 16-bit",
-        )
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        values_HW = np.asarray(image)
+        return np.repeat(stretch(values_HW[:, :, None], np.isfinite(values_HW)), 3, axis=2)
     if mode in ("RGB", "RGBA", "RGBX"):
         return np.array(image)[:, :, :3]
     if mode in ("L", "LA"):

@@ -7,13 +7,14 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from raysal.archive.uris import fetch_image
+from raysal.archive.uris import fetch_image, fetch_label
 from raysal.errors import ImageError
 from raysal.images.decode import decode_image
 from raysal.images.masks import decode_mask
@@ -39,7 +40,7 @@ class Limits:
 def fetch(uri: str, limits: Limits) -> np.ndarray | str:
     """uint8 [H, W, 3], or the reason why it can't be had."""
     try:
-        return decode_image(fetch_image(uri, limits.max_bytes), limits.max_pixels, uri)
+        return decode_image(fetch_image(uri, limits.max_bytes), limits.max_pixels, uri, partial(fetch_label, uri))
     except ImageError as error:
         return f"{error.status}: {error}"
 

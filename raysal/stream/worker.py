@@ -13,6 +13,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ import pyarrow.parquet as pq
 import torch
 
 from raysal.archive.tables import write_table
-from raysal.archive.uris import fetch_image, join, open_fs, read_bytes, remove_tree, write_bytes
+from raysal.archive.uris import fetch_image, fetch_label, join, open_fs, read_bytes, remove_tree, write_bytes
 from raysal.config import Config
 from raysal.datasets.base import read_valid
 from raysal.errors import CheckpointError, ImageError, RaysalError
-from raysal.images.decode import decode_image
+from raysal.images.decode import decode
 from raysal.model.runtime import Predictor
 
 RUN = "_RUN.json"
@@ -260,14 +261,15 @@ class PoolWorker:
     def _read(self, source: Source) -> Picture | ImageError:
         data = self.cfg.data
         try:
-            encoded = fetch_image(source.uri, data.max_bytes)
-            image_HWC = decode_image(encoded, data.max_pixels, source.uri)
-            valid_HW = read_valid(source.exclude, (image_HWC.shape[0], image_HWC.shape[1]), data.max_bytes, data.max_pixels)
+            encoded = fetch_image(source.uri, data.max_bytes, data.max_seconds)
+            label = partial(fetch_label, source.uri, max_seconds=data.max_seconds)
+            found = decode(encoded, data.max_pixels, source.uri, label, data.max_bands, data.black_border)
+            valid_HW = found.valid_HW & read_valid(source.exclude, found.valid_HW.shape, data.max_bytes, data.max_pixels)
         except ImageError as error:
             return error
         except Exception as error:  # nothing that an image holds may stop the run
             return ImageError("decode", f"{source.uri}: {type(error).__name__}: {error}")
-        return Picture(source, image_HWC, valid_HW, hashlib.sha256(encoded).hexdigest())
+        return Picture(source, found.image_HWC, valid_HW, hashlib.sha256(encoded).hexdigest())
 
 
 @dataclass(frozen=True)

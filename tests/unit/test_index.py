@@ -355,7 +355,8 @@ def test_what_could_not_be_read_is_named_and_makes_the_exit_code_1(tmp_path: Pat
     (tmp_path / "l.txt").write_bytes(b"s3://b/1.jpg\nfoo://b/2.jpg\n\xff\n")
     code, out, err = raysal("index", tmp_path / "l.txt", "--out", tmp_path / "m")
     assert code == 1 and "manifest" in out and "not read: 2 folders, files or lines" in out
-    assert f"warning: not read: {tmp_path}/l.txt:2: foo://: there is no such kind of store" in err.replace("\n", "")
+    said = f"warning: not read: {tmp_path}/l.txt:2: foo://: there is no such kind of store"
+    assert "".join(said.split()) in "".join(err.split())  # a terminal wraps lines wherever the path ends
     assert uris(str(tmp_path / "m")) == ["s3://b/1.jpg"]
     assert raysal("index", tmp_path / "l.txt", "--out", tmp_path / "m", "--skip-unreadable")[0] == 0
 

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
 import ray
+from PIL import Image
 
 from raysal.archive.tables import read_table
 from raysal.config import Config, build
@@ -27,6 +29,7 @@ from raysal.model.network import TwoBranch
 from raysal.rounds.single import open_manifest
 from raysal.stream.label import TRUST, label_forecast, label_pool
 from raysal.stream.score import score_forecast, score_pool
+from tests.unit import test_products as products
 
 IMAGES = 10
 MODEL = {"arch": "Unet", "encoder": "resnet18"}
@@ -157,3 +160,33 @@ def test_new_images_are_labelled_while_a_place_is_watched(place: Path, tmp_path:
         process.terminate()
         process.communicate(timeout=60)
     assert told() == 3
+
+
+def test_archive_products_get_masks_at_their_size_and_no_data_abstains(place: Path, tmp_path: Path) -> None:
+    archive, rng = tmp_path / "archive", np.random.default_rng(0)
+    archive.mkdir()
+    wide_HW = rng.integers(100, 4096, (48, 70)).astype(">i2")
+    wide_HW[:, :9] = 0
+    (archive / "attached.IMG").write_bytes(products.attached(wide_HW, "  MISSING_CONSTANT = 0\r\n"))
+    (archive / "detached.raw").write_bytes(wide_HW.tobytes())
+    (archive / "detached.xml").write_bytes(products.pds4(wide_HW, "SignedMSB2", ("Line", "Sample"), "detached.raw"))
+    (archive / "plain.vic").write_bytes(products.vicar(rng.integers(1, 256, (3, 40, 36), dtype=np.uint8), "BYTE"))
+    Image.new("RGB", (33, 44)).save(archive / "black.png")
+    (archive / "lost.dat").write_bytes(b"nothing")
+    (archive / "lost.xml").write_bytes(b"<html>404</html>")
+    table = open_manifest(str(archive))
+    label_pool(table, str(place / "checkpoint"), str(tmp_path / "labels"), configured())
+    rows = {Path(row["uri"]).name: row for row in read_table(str(tmp_path / "labels")).to_pylist()}
+    masks = {name: decode_mask(row["mask_png"], 2**20, name) for name, row in rows.items() if row["status"] == "ok"}
+    assert {name: mask_HW.shape for name, mask_HW in masks.items()} == {
+        "attached.IMG": (48, 70),
+        "detached.raw": (48, 70),
+        "plain.vic": (40, 36),
+        "black.png": (44, 33),
+    }
+    np.testing.assert_array_equal(masks["attached.IMG"] == IGNORE, wide_HW == 0)  # by the label's code
+    np.testing.assert_array_equal(masks["detached.raw"] == IGNORE, wide_HW == 0)  # a border, without a code
+    assert not (masks["plain.vic"] == IGNORE).any() and (masks["black.png"] == IGNORE).all()
+    assert rows["black.png"]["abstained"] == 1 and rows["black.png"]["confidence"] is None
+    assert rows["lost.dat"]["status"] == "decode" and "lost.dat" in rows["lost.dat"]["error"]
+    assert score_pool(table, str(place / "checkpoint"), str(tmp_path / "scores"), configured()).counts["ok"] == 4

@@ -1,0 +1,223 @@
+"""Images as planetary archives keep them: PDS3 with an attached or detached label, PDS4, VICAR; parsed by pdr and rms-vicar.
+
+Labels are text from anywhere: what they claim (size, bands, names of files) is checked against the limits and against the bytes that
+are there before any pixel is read.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysal.errors import ImageError
+
+PDS3 = (b"PDS_VERSION_ID", b"ODL_VERSION_ID", b"CCSD3ZF", b"NJPL1I00PDS")
+"""How a file with an attached PDS3 label begins; the last two are SFDU lines before it."""
+
+VICAR = b"LBLSIZE="
+
+MAX_LABEL_BYTES = 2**20
+"""Real ones have 10 to 60 kB; parsers of text grow slow on more."""
+
+NO_DATA = ("MISSING_CONSTANT", "INVALID_CONSTANT", "CORE_NULL", "NULL", "UNKNOWN_CONSTANT", "NOT_APPLICABLE_CONSTANT")
+"""Names of values that stand for no measurement. Saturated pixels are measurements."""
+
+SPECIAL = 1e30
+"""Real numbers beyond this are codes: ISIS and VICAR write no data as about -3.4e38."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """An image as its instrument counted.
+
+    Attributes:
+        values_HWB: Any integer or real type; 1 or 3 bands.
+        valid_HW: bool; False where the label's codes say that there is no data.
+    """
+
+    values_HWB: np.ndarray
+    valid_HW: np.ndarray
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a label says of its image. `no_data` holds the values that stand for none."""
+
+    height: int
+    width: int
+    bands: int
+    sample_bytes: int
+    no_data: tuple[float, ...]
+
+    def bands_first(self, array: np.ndarray) -> np.ndarray:
+        """[B, H, W] of an array that may lack the axis of bands."""
+        return array.reshape(-1, self.height, self.width) if array.ndim == 2 else array
+
+
+def attached(data: bytes) -> bool:
+    """Whether the bytes begin with a PDS3 or VICAR label of their own."""
+    return data.startswith((*PDS3, VICAR))
+
+
+def read_product(data: bytes, label: bytes | None, max_pixels: int, max_bands: int, name: str) -> Samples:
+    """Reads a product's image.
+
+    Args:
+        data: The whole data file.
+        label: The whole detached label; None where the data begins with its own.
+        max_pixels, max_bands: Largest image to accept, by its label.
+        name: What error messages call the file, usually its URI.
+
+    Returns:
+        Of more than three bands the first three, of two the first.
+
+    Raises:
+        ImageError: ``limit`` or ``decode``.
+    """
+    head = data[:MAX_LABEL_BYTES] if label is None else label
+    if len(head) > MAX_LABEL_BYTES:
+        raise ImageError("limit", f"{name}: its label has {len(head)} bytes, over {MAX_LABEL_BYTES}; that is no label")
+
+    def check(layout: Layout) -> None:
+        _check(layout, max_pixels, max_bands, len(data), name)
+
+    # Both libraries read files. Each product gets a folder of its own, so that no label can point at another file.
+    with tempfile.TemporaryDirectory(prefix="raysal-") as folder:
+        read = _read_vicar if label is None and data.startswith(VICAR) else _read_pds
+        values_BHW, layout = read(Path(folder), data, label, check, name)
+    if values_BHW.shape[-2:] != (layout.height, layout.width):
+        raise ImageError("decode", f"{name}: its label says {layout.width} x {layout.height}, its data {values_BHW.shape}; fetch it again")
+    valid_BHW = np.ones(values_BHW.shape, bool)
+    for code in layout.no_data:
+        valid_BHW &= values_BHW != code
+    if values_BHW.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            valid_BHW &= np.isfinite(values_BHW) & (np.abs(values_BHW) < SPECIAL)
+    used = 3 if len(values_BHW) >= 3 else 1
+    valid_HW: np.ndarray = np.logical_or.reduce(valid_BHW[:used], axis=0)
+    return Samples(np.moveaxis(values_BHW[:used], 0, -1), valid_HW)
+
+
+Check = Callable[[Layout], None]
+
+
+def _check(layout: Layout, max_pixels: int, max_bands: int, n_bytes: int, name: str) -> None:
+    h, w, b = layout.height, layout.width, layout.bands
+    if h < 1 or w < 1 or b < 1:
+        raise ImageError("decode", f"{name}: its label says {w} x {h} pixels of {b} bands; fetch it again")
+    if h * w > max_pixels:
+        raise ImageError("limit", f"{name}: {w} x {h} is more than {max_pixels} pixels; raise data.max_pixels if such images are wanted")
+    if b > max_bands:
+        raise ImageError("limit", f"{name}: {b} bands are more than {max_bands}; raise data.max_bands to use the first three")
+    if (needed := h * w * b * layout.sample_bytes) > n_bytes:
+        raise ImageError("decode", f"{name}: cut off: its label promises {needed} bytes of pixels, the file has {n_bytes}; fetch it again")
+
+
+def _read_vicar(folder: Path, data: bytes, label: bytes | None, check: Check, name: str) -> tuple[np.ndarray, Layout]:
+    import vicar  # slow to import, and few archives need it
+
+    size = re.match(rb"LBLSIZE=\s*(\d{1,9})\s", data)
+    if size is None or not 0 < int(size[1]) <= min(len(data), MAX_LABEL_BYTES):
+        raise ImageError("decode", f"{name}: a VICAR file whose label has no size that fits it; fetch it again")
+    (folder / "image.vic").write_bytes(data)
+    found: Any = vicar.VicarLabel.from_file(folder / "image.vic")
+    widths = {"BYTE": 1, "HALF": 2, "WORD": 2, "FULL": 4, "LONG": 4, "REAL": 4, "DOUB": 8}
+    kind = str(found.get("FORMAT", ""))
+    if kind not in widths:
+        raise ImageError("decode", f"{name}: VICAR samples of type {kind!r} are no image")
+    height, width, bands = (int(found.get(key, 1)) for key in ("NL", "NS", "NB"))
+    layout = Layout(height, width, bands, widths[kind], _codes(found))
+    check(layout)
+    image: Any = vicar.VicarImage.from_file(folder / "image.vic", strict=False)
+    order = {"BSQ": (0, 1, 2), "BIL": (1, 0, 2), "BIP": (2, 0, 1)}[str(found.get("ORG", "BSQ"))]
+    return np.asarray(image.array).transpose(order), layout
+
+
+def _read_pds(folder: Path, data: bytes, label: bytes | None, check: Check, name: str) -> tuple[np.ndarray, Layout]:
+    import pdr  # as above
+
+    warnings.filterwarnings("ignore", module=r"pdr\.")  # of what it could not load; that shows below
+
+    xml = label is not None and label.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<")
+    if label is None:
+        path = folder / "image.img"
+    else:
+        if xml and re.search(rb"<!\s*(DOCTYPE|ENTITY)", label):
+            raise ImageError("decode", f"{name}: its label defines entities, which no PDS4 label does; look at it by itself")
+        (folder / _data_name(label, xml, name)).write_bytes(data)
+        path = folder / ("label.xml" if xml else "label.lbl")
+    path.write_bytes(data if label is None else label)
+    product = pdr.read(str(path))
+    key, layout, order = _pds4(product, name) if xml else _pds3(product, name)
+    check(layout)
+    array = np.ma.getdata(product[key])  # pdr masks some codes; ours are of both standards
+    return layout.bands_first(array.transpose(order) if order else array), layout
+
+
+def _pds3(product: Any, name: str) -> tuple[str, Layout, None]:
+    """The key of a PDS3 product's image, what its label says, and no order of axes: pdr puts bands first."""
+    block = product.metablock_("IMAGE")
+    objects = list(product.keys())
+    if block is None or "IMAGE" not in objects:
+        raise ImageError("decode", f"{name}: its label has no IMAGE object (it has {', '.join(map(str, objects))})")
+    sample_bytes = max(1, int(block["SAMPLE_BITS"]) // 8)
+    return "IMAGE", Layout(int(block["LINES"]), int(block["LINE_SAMPLES"]), int(block.get("BANDS", 1)), sample_bytes, _codes(block)), None
+
+
+def _pds4(product: Any, name: str) -> tuple[str, Layout, list[int]]:
+    """The key of a PDS4 product's image, what its label says, and the axes of its array in the order bands, lines, samples."""
+    key, block = _array_block(product, name)
+    sizes = {str(axis["axis_name"]).lower(): int(axis["elements"]) for axis in block.getall("Axis_Array")}
+    if not {"line", "sample"} <= set(sizes) <= {"line", "sample", "band"}:
+        raise ImageError("decode", f"{name}: an array over {', '.join(sizes)} is no image of lines and samples")
+    width = re.search(r"(\d)$", str(block["Element_Array"]["data_type"]))  # UnsignedMSB2, IEEE754LSBSingle; UnsignedByte
+    layout = Layout(
+        sizes["line"], sizes["sample"], sizes.get("band", 1), int(width[1]) if width else 1, _codes(block.get("Special_Constants", {}))
+    )
+    return key, layout, [list(sizes).index(axis) for axis in ("band", "line", "sample") if axis in sizes]
+
+
+def _array_block(product: Any, name: str) -> tuple[str, Any]:
+    """The image array of a PDS4 product, by its key in pdr and its block of the label."""
+    for kind in ("Array_2D_Image", "Array_3D_Image"):
+        block = product.metablock_(kind)
+        if block is None:
+            continue
+        wanted = re.sub(r"\W", "_", str(block.get("local_identifier", block.get("name", ""))))
+        arrays = [key for key in list(product.keys()) if key != "label" and "header" not in key.lower()]
+        same = [key for key in arrays if re.sub(r"\W", "_", key) == wanted] or arrays
+        if same:
+            return same[0], block
+    raise ImageError("decode", f"{name}: its PDS4 label describes no Array_2D_Image or Array_3D_Image")
+
+
+def _data_name(label: bytes, xml: bool, name: str) -> str:
+    """The file that a detached label names, without folders."""
+    pattern = rb"<file_name>\s*([^<]{1,255}?)\s*</file_name>" if xml else rb"\^IMAGE\s*=\s*\(?\s*\"([^\"]{1,255})\""
+    own = posixpath.basename(name.split("::", 1)[0]).lower()
+    names = [found.decode("utf-8", "replace") for found in re.findall(pattern, label)]
+    fit = [found for found in names if found.lower() == own]
+    if not fit:
+        said = f"names {names[0][:80]!r}" if names else "names no data file"
+        raise ImageError("decode", f"{name}: the label beside it {said}; put the right label there")
+    return fit[0]
+
+
+def _codes(block: Mapping[str, Any]) -> tuple[float, ...]:
+    found: list[float] = []
+    for key in (*NO_DATA, *(key.lower() for key in NO_DATA)):
+        value = block.get(key, None)
+        for one in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+            try:
+                found.append(float(one))
+            except (TypeError, ValueError):  # "N/A", or a bit pattern; those are beyond SPECIAL
+                continue
+    return tuple(found)
