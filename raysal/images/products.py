@@ -10,10 +10,11 @@ import posixpath
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def read_product(data: bytes, label: bytes | None, max_pixels: int, max_bands: i
     def check(layout: Layout) -> None:
         _check(layout, max_pixels, max_bands, len(data), name)
 
-    # Both libraries read files. Each product gets a folder of its own, so that no label can point at another file.
+    # Both libraries read files. Each product gets a folder of its own, and labels must not point out of it.
     with tempfile.TemporaryDirectory(prefix="raysal-") as folder:
         read = _read_vicar if label is None and data.startswith(VICAR) else _read_pds
         values_BHW, layout = read(Path(folder), data, label, check, name)
@@ -150,12 +151,14 @@ def _read_pds(folder: Path, data: bytes, label: bytes | None, check: Check, name
     if label is None:
         path = folder / "image.img"
     else:
-        if xml and re.search(rb"<!\s*(DOCTYPE|ENTITY)", label):
-            raise ImageError("decode", f"{name}: its label defines entities, which no PDS4 label does; look at it by itself")
+        if xml:
+            _check_xml(label, name)
         (folder / _data_name(label, xml, name)).write_bytes(data)
         path = folder / ("label.xml" if xml else "label.lbl")
     path.write_bytes(data if label is None else label)
     product = pdr.read(str(path))
+    for pointer in _pointers(product.metadata):
+        _check_name(pointer, name)
     key, layout, order = _pds4(product, name) if xml else _pds3(product, name)
     check(layout)
     array = np.ma.getdata(product[key])  # pdr masks some codes; ours are of both standards
@@ -197,6 +200,31 @@ def _array_block(product: Any, name: str) -> tuple[str, Any]:
         if same:
             return same[0], block
     raise ImageError("decode", f"{name}: its PDS4 label describes no Array_2D_Image or Array_3D_Image")
+
+
+def _check_xml(label: bytes, name: str) -> None:
+    if re.search(rb"<!\s*(DOCTYPE|ENTITY)", label):
+        raise ImageError("decode", f"{name}: its label defines entities, which no PDS4 label does; look at it by itself")
+    for element in ElementTree.fromstring(label).iter():
+        if str(element.tag).endswith("file_name"):
+            _check_name("".join(element.itertext()), name)
+
+
+def _pointers(block: Any) -> Iterator[str]:
+    """Every file that a PDS3 label points at, in objects within objects too."""
+    for key, value in block.items():
+        if isinstance(value, Mapping):
+            yield from _pointers(value)
+        elif str(key).startswith("^"):
+            yield from (str(part) for part in (value if isinstance(value, (tuple, list, set)) else [value]))
+
+
+def _check_name(pointer: str, name: str) -> None:
+    """A pointer that holds a path would make the library open another file of this machine and show its bytes as pixels."""
+    if "/" in pointer or "\\" in pointer:
+        raise ImageError(
+            "decode", f"{name}: its label points at {pointer.strip()[:80]!r}; labels name files, not paths. Look at it by itself"
+        )
 
 
 def _data_name(label: bytes, xml: bool, name: str) -> str:

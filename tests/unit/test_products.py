@@ -147,6 +147,29 @@ def test_a_label_of_another_file_is_refused() -> None:
         read_product(WIDE_HW.tobytes(), pds3(WIDE_HW, '("../../etc/a.img", 1)'), LIMIT, 4, "a.img")
 
 
+@pytest.mark.parametrize("pointer", ['("{}", 1)', '"{}"', "'{}'", '("..{}", 1)'])
+def test_no_pds3_label_opens_another_file_of_this_machine(tmp_path: Path, pointer: str) -> None:
+    (secret := tmp_path / "secret.img").write_bytes(b"S" * 5000)
+    label = pds3(WIDE_HW, pointer.format(secret))
+    with pytest.raises(ImageError):
+        read_product(label.ljust(4000, b" "), None, LIMIT, 4, "a.img")
+    beside = label.replace(b"^IMAGE", b'^NOTE = "see" /* ^IMAGE = ("a.img", 1) */\r\n^IMAGE', 1)
+    with pytest.raises(ImageError):
+        read_product(WIDE_HW.tobytes(), beside, LIMIT, 4, "a.img")
+
+
+@pytest.mark.parametrize(
+    "hidden", ["<file_name>{}</file_name>", "<file_name><!-- -->{}</file_name>", "<pds:file_name xmlns:pds='x'>{}</pds:file_name>"]
+)
+def test_no_pds4_label_opens_another_file_of_this_machine(tmp_path: Path, hidden: str) -> None:
+    (secret := tmp_path / "secret.raw").write_bytes(b"S" * 5000)
+    whole = pds4(WIDE_HW, "SignedMSB2", ("Line", "Sample"), "a.raw").decode()
+    name = "<file_name>a.raw</file_name>"
+    for bad in (whole.replace(name, hidden.format(secret) + name), whole.replace(name, f"<!-- {name} -->{hidden.format(secret)}")):
+        with pytest.raises(ImageError):
+            read_product(WIDE_HW.tobytes(), bad.encode(), LIMIT, 4, "a.raw")
+
+
 def test_xml_entities_are_refused() -> None:
     label = b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "bbbb">]><a>&b;</a>'
     with pytest.raises(ImageError, match="entities"):
