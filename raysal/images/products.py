@@ -83,9 +83,8 @@ def read_product(data: bytes, label: bytes | None, max_pixels: int, max_bands: i
     Raises:
         ImageError: ``limit`` or ``decode``.
     """
-    head = data[:MAX_LABEL_BYTES] if label is None else label
-    if len(head) > MAX_LABEL_BYTES:
-        raise ImageError("limit", f"{name}: its label has {len(head)} bytes, over {MAX_LABEL_BYTES}; that is no label")
+    if label is not None and len(label) > MAX_LABEL_BYTES:
+        raise ImageError("limit", f"{name}: its label has {len(label)} bytes, over {MAX_LABEL_BYTES}; that is no label")
 
     def check(layout: Layout) -> None:
         _check(layout, max_pixels, max_bands, len(data), name)
