@@ -136,7 +136,15 @@ class Comparison:
         if row.labels_of is not None:
             labels = self.names if row.labels_of == "all" else self.bought(rows[row.labels_of], seed)[-1][1]
             return [self._point(row, Training(cfg, labels, self.split))]
-        return [self._point(row, Training(cfg, labels, self.split, start)) for start, labels in self.bought(row, seed)]
+        return [self._point(row, training) for training in self.trainings(row, seed)]
+
+    def trainings(self, row: Row, seed: int) -> list[Training]:
+        """One on each set of labels that a row buys."""
+        cfg = self.config(row, seed)
+        return [
+            Training(cfg.at_round(round_), labels, self.split, start)
+            for round_, (start, labels) in enumerate(self.bought(row, seed))
+        ]
 
     def bought(self, row: Row, seed: int) -> list[tuple[Training | None, tuple[str, ...]]]:
         """Labels of each training of a row, and the training that it starts from where it starts warm."""
@@ -144,7 +152,7 @@ class Comparison:
         labels = self.lab.started_with(cfg, self.split, self.initial)
         steps: list[tuple[Training | None, tuple[str, ...]]] = [(None, labels)]
         for round_ in range(row.rounds):
-            training = Training(cfg, labels, self.split, steps[-1][0])
+            training = Training(cfg.at_round(round_), labels, self.split, steps[-1][0])
             target = self.initial + (self.final - self.initial) * (round_ + 1) // row.rounds
             labels = (*labels, *self.lab.asked(training, cfg, target - len(labels)))
             steps.append((training if cfg.loop.warm_start else None, labels))

@@ -153,6 +153,7 @@ class OptimConfig(Section):
     momentum: Fraction = 0.9  # sgd only
     weight_decay: NonNegative = 5e-4  # suits sgd; adamw's is decoupled and wants about 0.01
     poly_power: NonNegative = 0.9  # 0 keeps the learning rate constant
+    freeze_encoder: bool = False  # decoder and head alone learn, on the encoder's weights and norms as they came; half the time a step
     grad_clip: NonNegative = 8.0  # global gradient norm; 0 turns clipping off
 
 
@@ -177,6 +178,7 @@ class ScoreConfig(Section):
     aggregate: Literal["mean", "sum", "top_q"] = "mean"  # from pixels to an image; top_q finds small odd things
     top_q: Annotated[float, Field(gt=0, le=1)] = 0.05  # share of the most uncertain pixels that top_q averages
     resolution: Literal["decoder", "full"] = "decoder"  # decoder: before the last upsampling, 16x less memory, nearly the same ranks
+    temperature: PositiveFloat = 1.0  # logits are divided by it; above 1 a model that is too sure of itself tells degrees of doubt apart
     bald_passes: Annotated[int, Field(ge=2)] = 10  # T of MC dropout
     class_bonus: bool = False  # weight pixels by 1/sqrt(1 + labelled images that hold their class)
     ueq_alpha: Fraction = 0.5  # weight of branch uncertainty against entropy in every ueq variant
@@ -215,10 +217,17 @@ class LoopConfig(Section):
     min_gain: NonNegative = 0.002  # less than this is noise between seeds
     uncertainty_below: NonNegative = 0.0  # stop once the pool's mean branch uncertainty is under this; 0: never
     warm_start: bool = False  # start each round's training from the last round's weights instead of the encoder's
+    frozen_rounds: Count = 0  # so many first trainings leave the encoder as it came (optim.freeze_encoder); the last one never does
     final_steps: Positive | None = None  # length of the last training; null: train.steps, and the last round's model is final
     audit: Count = 0  # random images that experts label at the end, never learnt from: they say how good the masks are; 30 is a fair start
     checkpoint: Literal["last", "best"] = "last"  # which checkpoint scores and labels; best peeks at val
     full_miou: Fraction | None = None  # full supervision's val mIoU where known: a line in the report
+
+    @model_validator(mode="after")
+    def _last_learns(self) -> LoopConfig:
+        if self.frozen_rounds > self.rounds:
+            raise ValueError(f"frozen_rounds is {self.frozen_rounds}, but the last of {self.rounds} + 1 trainings is never frozen; at most rounds")
+        return self
 
 
 class ComputeConfig(Section):
@@ -258,6 +267,12 @@ class Config(Section):
     query: QueryConfig = QueryConfig()
     loop: LoopConfig = LoopConfig()
     compute: ComputeConfig = ComputeConfig()
+
+    def at_round(self, round_: int) -> Config:
+        """What a round's training goes by: the first ones may leave the encoder as it came (`loop.frozen_rounds`)."""
+        if round_ >= self.loop.frozen_rounds:
+            return self
+        return self.model_copy(update={"optim": self.optim.model_copy(update={"freeze_encoder": True})})
 
     @property
     def budget(self) -> int:

@@ -77,6 +77,7 @@ class TwoBranch(nn.Module):
         self.n_classes = n_classes
         self.encoder_weights: EncoderWeights | None = None
         self.memory_format = torch.contiguous_format
+        self._frozen = False
         # Not persistent: they belong to the configuration, which a checkpoint carries beside the weights.
         self.register_buffer("mean", 255 * torch.tensor(cfg.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(cfg.std).view(1, 3, 1, 1), persistent=False)
@@ -98,6 +99,21 @@ class TwoBranch(nn.Module):
         # DPT's decoder halves the grid of patches once.
         self._stride = int(branches[0].encoder.output_stride) * (2 if isinstance(branches[0], smp.DPT) else 1)
         self._smallest = _SMALLEST_PX.get(type(branches[0]).__name__, 1)
+
+    def freeze_encoders(self) -> None:
+        """From here on the encoders keep their weights and batch-norm statistics, in train mode too."""
+        self._frozen = True
+        for branch in self.branches:
+            branch.get_submodule("encoder").requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TwoBranch:
+        """As of any module; frozen encoders stay in eval mode."""
+        super().train(mode)
+        if self._frozen:
+            for branch in self.branches:
+                branch.get_submodule("encoder").eval()
+        return self
 
     def forward(self, images_BCHW: Tensor, resolution: Resolution = "full") -> tuple[Tensor, Tensor]:
         """Logits of both branches.

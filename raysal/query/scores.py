@@ -267,7 +267,7 @@ def score_images(
         ValueError: ``bald`` is asked for without its map.
     """
     names = check_names(cfg.scores)
-    branches = Branches(z1_BChw, z2_BChw, cfg.ueq_alpha)
+    branches = Branches(z1_BChw / cfg.temperature, z2_BChw / cfg.temperature, cfg.ueq_alpha)
     valid_Bhw = valid_at(valid_BHW, _size(z1_BChw))
     pixel_maps = {name: MAPS[name](branches) for name in names if name != "bald"}
     if "bald" in names:
@@ -279,7 +279,8 @@ def score_images(
         bonus_Bhw = torch.einsum("bchw,c->bhw", branches.pm, omega)
         pixel_maps = {name: a * bonus_Bhw for name, a in pixel_maps.items()}
     out = {name: aggregate(pixel_maps[name], valid_Bhw, cfg.aggregate, cfg.top_q).cpu().numpy() for name in names}
-    return {**out, "class_fractions": _fractions(branches.logpm, valid_Bhw).cpu().numpy()}
+    fractions = _fractions(Branches(z1_BChw, z2_BChw).logpm, valid_Bhw)  # what the mask will show, whatever the temperature
+    return {**out, "class_fractions": fractions.cpu().numpy()}
 
 
 def rarity_bonus(images_C: np.ndarray) -> np.ndarray:

@@ -208,7 +208,7 @@ class _Loop:
         return {"checkpoint": name, "digest": checkpoint.digest_at(join(folder, name)), "metrics": trained.metrics}
 
     def _plan(self, round_: int, bought: Sequence[pa.Table], steps: int | None) -> Plan:
-        cfg = self.cfg
+        cfg = self.cfg.at_round(round_) if steps is None else self.cfg
         if steps:
             cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": steps})})
         labeled = {i for table in bought for i in table["id"].to_pylist()}
@@ -267,9 +267,11 @@ class _Loop:
         return metrics
 
     def _finish(self, outcome: Outcome, bought: list[pa.Table], round_: int) -> Outcome:
-        """The last training, where it is longer than a round's, and masks for every image of the pool."""
-        final = self.cfg.loop.final_steps
-        if final and final != self.cfg.train.steps:
+        """The last training, where it differs from a round's, and masks for every image of the pool."""
+        final, frozen = self.cfg.loop.final_steps, round_ < self.cfg.loop.frozen_rounds
+        if frozen:  # a stopping rule ended the rounds early
+            final = final or self.cfg.train.steps
+        if final and (frozen or final != self.cfg.train.steps):
             trained = self.ledger.stage(round_, "final", partial(self._train, round_, bought, final, "final"))
             outcome.checkpoint = join(self.ledger.folder(round_), trained["checkpoint"])
             outcome.rounds[-1] = self._metrics(round_, bought, trained)

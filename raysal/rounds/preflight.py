@@ -27,6 +27,8 @@ def preflight(cfg: Config, dataset: Dataset) -> TwoBranch:
     if cfg.data.unlabeled_split:
         dataset.split(cfg.data.unlabeled_split)
     model = TwoBranch(cfg.model, dataset.label_set.n_classes, cfg.seed)  # reads the encoder weights
+    if (cfg.optim.freeze_encoder or cfg.loop.frozen_rounds) and cfg.model.encoder_weights is None:
+        raise ConfigError("a frozen encoder without model.encoder_weights would stay random numbers; name weights, or let it learn")
     _check_disk(cfg, model)
     return model
 

@@ -126,7 +126,7 @@ class ScoreImages(PoolWorker):
         for picture in pictures:
             bald, seed = Bald(), dropout_seed(self.cfg.seed, picture.source.id)
             for z1, z2 in self.predictor.mc_logits(picture.image_HWC, seed, self.cfg.score.bald_passes, self.cfg.score.resolution):
-                bald.add(z1, z2)
+                bald.add(z1 / self.cfg.score.temperature, z2 / self.cfg.score.temperature)
             maps.append(bald.map())
         return torch.cat(maps)
 

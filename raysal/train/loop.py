@@ -68,6 +68,8 @@ class Learner:
         self.model = prepare(TwoBranch(cfg.model, n_classes, cfg.seed), cfg.model, session.device)
         if plan.start:
             self._warm_start(plan.start)
+        if cfg.optim.freeze_encoder:
+            self.model.freeze_encoders()
         self.teacher = copy.deepcopy(self.model).requires_grad_(False).eval() if cfg.cps.ema else None
         self.optimizer = _optimizer(self.model, cfg)
         self.weights_C = losses.class_weights(

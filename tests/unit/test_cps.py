@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raysal.config import Config
@@ -384,3 +385,17 @@ def test_a_warm_start_takes_the_weights_of_a_checkpoint_and_refuses_other_classe
     assert not same(learner_of(model=SMALL).model)
     with pytest.raises(CheckpointError, match=r"made for 4 classes \(soil.*'s5mars' has 9"):
         learner_of(start=str(tmp_path), label_set=S5MARS, model=SMALL)
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_norms_while_the_head_learns(tmp_path: Path) -> None:
+    weights = tmp_path / "encoder.safetensors"
+    encoder = TwoBranch(tiny("unused", model=SMALL).model, CLASSES, seed=9).branches[0].get_submodule("encoder")
+    save_file(encoder.state_dict(), weights)
+    learner = learner_of(model=SMALL | {"encoder_weights": str(weights)}, optim={"freeze_encoder": True}, cps={"ema": True})
+    learner.model.train()
+    before = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    for step in range(2):
+        learner.step(step, labeled_batch(), unlabeled_batch())
+    moved = {k for k, v in learner.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert not [k for k in moved if ".encoder." in k]
+    assert [k for k in moved if "decoder" in k and k.endswith("running_mean")] and [k for k in moved if "head" in k]

@@ -99,6 +99,12 @@ def test_baselines_train_on_the_labels_they_name(program: ModuleType, comparison
     assert full[0].labels == 1017 and comparison.lab.trainings[-1].cfg.train.steps == 6 * 12
 
 
+def test_only_the_first_trainings_of_a_row_are_frozen(program: ModuleType, comparison: Any) -> None:
+    row = program.Row("row", rounds=2, strategy="ueq", settings={"loop": {"frozen_rounds": 1}})
+    comparison.run(row, 0, {})
+    assert [t.cfg.optim.freeze_encoder for t in comparison.trainings(row, 0)] == [True, False, False]
+
+
 def test_a_digest_knows_what_decides_and_no_path(program: ModuleType, comparison: Any, tmp_path: Path) -> None:
     lab = program.parts_lab
     base = lab.Training(comparison.cfg, ("1", "2"), program.Split())

@@ -111,3 +111,9 @@ def test_workers_that_fit_in_the_cluster_but_on_no_node_are_refused(monkeypatch:
     with pytest.raises(ResourceError, match="room for only 0 such workers"):
         cluster.check_training(ComputeConfig(train_workers=2, cpus_per_worker=4))
     cluster.check_training(ComputeConfig(train_workers=4, cpus_per_worker=2))
+
+
+def test_a_frozen_encoder_of_random_numbers_is_refused(begin: Callable[[Config], None], made: tuple[Dataset, str]) -> None:
+    for frozen in ({"optim": {"freeze_encoder": True}}, {"loop": {"frozen_rounds": 1, "rounds": 1}}):
+        with pytest.raises(ConfigError, match=r"frozen encoder without model\.encoder_weights"):
+            begin(tiny(made[1], **frozen))

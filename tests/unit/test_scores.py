@@ -230,6 +230,17 @@ def test_the_excluded_part_of_an_image_does_not_count_at_decoder_resolution() ->
     np.testing.assert_allclose(found["class_fractions"], expected["class_fractions"])
 
 
+def test_a_temperature_divides_the_logits_of_scores_and_changes_no_mask() -> None:
+    z1, z2 = logits(0, 4, (3, CLASSES, 6, 8)), logits(1, 4, (3, CLASSES, 6, 8))
+    plain = score_images(z1, z2, valid((3, 24, 32)), ScoreConfig(scores=ALL))
+    found = score_images(z1, z2, valid((3, 24, 32)), ScoreConfig(scores=ALL, temperature=4.0))
+    cooler = score_images(z1 / 4, z2 / 4, valid((3, 24, 32)), ScoreConfig(scores=ALL))
+    for name in ALL:
+        np.testing.assert_array_equal(found[name], cooler[name])
+    assert (found["entropy"] > plain["entropy"]).all()
+    np.testing.assert_array_equal(found["class_fractions"], plain["class_fractions"])
+
+
 def test_the_class_bonus_draws_images_of_rare_classes_forward() -> None:
     z = torch.zeros(2, 3, 4, 4)
     z[0, 0], z[1, 2] = 2.0, 2.0  # equally unsure: the first of a common class, the second of a rare one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from raysal.errors import ConfigError
 from raysal.rounds.ledger import Ledger
 from raysal.rounds.loop import Watcher, _Loop
 from tests.helpers import tiny
@@ -36,3 +37,10 @@ def test_the_uncertainty_rule_has_its_column_whatever_the_strategy(tmp_path) -> 
     assert [rule._confident({"pool_uncertainty": v}) for v in (0.2, 0.1, 0.05, None)] == [False, False, True, False]
     cfg = tiny(tmp_path, loop={"uncertainty_below": 0.1}, score={"scores": ["entropy"]}, query={"strategy": "entropy"})
     assert "uncertainty" in _Loop(cfg, Ledger(str(tmp_path)), Watcher()).cfg.score.scores
+
+
+def test_an_encoder_is_frozen_in_the_first_trainings_and_never_in_the_last(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    cfg = tiny(tmp_path, loop={"rounds": 2, "frozen_rounds": 2})
+    assert [cfg.at_round(r).optim.freeze_encoder for r in range(3)] == [True, True, False]
+    with pytest.raises(ConfigError, match="frozen_rounds is 3"):
+        tiny(tmp_path, loop={"rounds": 2, "frozen_rounds": 3})
