@@ -141,10 +141,7 @@ class Comparison:
     def trainings(self, row: Row, seed: int) -> list[Training]:
         """One on each set of labels that a row buys."""
         cfg = self.config(row, seed)
-        return [
-            Training(cfg.at_round(round_), labels, self.split, start)
-            for round_, (start, labels) in enumerate(self.bought(row, seed))
-        ]
+        return [Training(cfg.at_round(round_), labels, self.split, start) for round_, (start, labels) in enumerate(self.bought(row, seed))]
 
     def bought(self, row: Row, seed: int) -> list[tuple[Training | None, tuple[str, ...]]]:
         """Labels of each training of a row, and the training that it starts from where it starts warm."""

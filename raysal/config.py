@@ -226,7 +226,7 @@ class LoopConfig(Section):
     @model_validator(mode="after")
     def _last_learns(self) -> LoopConfig:
         if self.frozen_rounds > self.rounds:
-            raise ValueError(f"frozen_rounds is {self.frozen_rounds}, but the last of {self.rounds} + 1 trainings is never frozen; at most rounds")
+            raise ValueError(f"frozen_rounds is {self.frozen_rounds}, at most rounds ({self.rounds}): the last training is never frozen")
         return self
 
 
