@@ -96,10 +96,19 @@ class ModelConfig(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # RGB in 0..1; keep ImageNet's with ImageNet weights
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)  # as mean; the two belong together
     predict: Literal["mean", "branch1"] = "mean"  # one mask from both branches' mean, or branch 1 alone (half the time; CPS's authors)
+    whole_pixels: Positive = 4 * 2**20  # a larger image is predicted in tiles; whole ones need more memory and see all at once
+    tile_px: Annotated[int, Field(ge=32)] = 1024  # side of a tile, in the image's own pixels; some times the training crop is right
+    overlap_px: Annotated[int, Field(ge=4)] = 256  # of neighbouring tiles; more hides seams better and takes longer
     flip: bool = False  # predict the mean of the image and its mirror image, for twice the time
     sync_bn: bool = False  # batch statistics over all workers; turn on when a worker holds under 8 images
     compile: bool = False  # torch.compile of both branches; pays on GPUs and long runs
     channels_last: bool = True  # memory layout that convolutions prefer
+
+    @model_validator(mode="after")
+    def _tiles_meet(self) -> ModelConfig:
+        if self.tile_px < 3 * self.overlap_px:
+            raise ValueError(f"tile_px is {self.tile_px}, overlap_px {self.overlap_px}; a tile needs three overlaps or more")
+        return self
 
 
 class LossConfig(Section):
@@ -186,6 +195,15 @@ class ScoreConfig(Section):
     batch_size: Positive = 8  # images of one size per forward pass
 
 
+class RuntimeConfig(Section):
+    """How the network runs when it scores, labels, is measured or serves. Training is `train.precision`'s and `model.compile`'s."""
+
+    # auto: OpenVINO on CPUs where it is installed, else eager PyTorch. compile: torch.compile, a minute's start for long runs on GPUs.
+    kind: Literal["auto", "eager", "compile", "openvino"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware computes in it, else float32
+    agreement: Fraction = 0.98  # share of pixels that must get the class that eager float32 gives them, or the runtime is refused
+
+
 class LabelConfig(Section):
     """How an archive's masks are made."""
 
@@ -263,6 +281,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     label: LabelConfig = LabelConfig()
     query: QueryConfig = QueryConfig()
     loop: LoopConfig = LoopConfig()

@@ -143,17 +143,37 @@ class TwoBranch(nn.Module):
         z1, z2 = self.decode(encoded, resolution)
         return z1, z2, _embedding(encoded)
 
+    def core(self, x_BCHW: Tensor, branches: tuple[int, ...] = (0, 1)) -> tuple[Tensor, ...]:
+        """The part of `with_features` between `ready` and `finish`, which `raysal.model.engines` run.
+
+        Args:
+            x_BCHW: Images made `ready`.
+            branches: Which of them answer.
+
+        Returns:
+            float32 logits at decoder resolution [B, C, h, w] of each branch, then the mean [B, D] of the first one's last encoder stage.
+        """
+        logits, pooled = [], None
+        for k in branches:
+            stages, prefix = _encode(self.branches[k], x_BCHW)
+            pooled = _pooled(stages) if pooled is None else pooled
+            logits.append(self._decoded(k, stages, prefix))
+        assert pooled is not None
+        return *logits, pooled
+
     def encode(self, images_BCHW: Tensor, branches: Sequence[int] = (0, 1)) -> Encoded:
         """The encoders' half of `forward`, to be decoded once or, by MC dropout, several times."""
-        x_BCHW = self._normalise(images_BCHW)
+        x_BCHW = self.ready(images_BCHW)
         stages = {k: _encode(self.branches[k], x_BCHW) for k in branches}
         return Encoded(stages, images_BCHW.shape[-2:], x_BCHW.shape[-2:])
 
     def decode(self, encoded: Encoded, resolution: Resolution = "full") -> tuple[Tensor, ...]:
         """Logits of each encoded branch, cropped to the image; see `forward`."""
-        return tuple(self._logits(k, encoded, resolution) for k in encoded.stages)
+        return tuple(
+            self.finish(self._decoded(k, *stages), encoded.size_HW, encoded.padded_HW, resolution) for k, stages in encoded.stages.items()
+        )
 
-    def _normalise(self, images_BCHW: Tensor) -> Tensor:
+    def ready(self, images_BCHW: Tensor) -> Tensor:
         """Float images in units of std around mean, padded to the stride by repeating the border (zeros would draw an edge)."""
         x_BCHW = (images_BCHW.float() - self.mean) / self.std
         height, width = x_BCHW.shape[-2:]
@@ -162,13 +182,16 @@ class TwoBranch(nn.Module):
             x_BCHW = F.pad(x_BCHW, (0, right, 0, bottom), mode="replicate")
         return x_BCHW.contiguous(memory_format=self.memory_format)
 
-    def _logits(self, k: int, encoded: Encoded, resolution: Resolution) -> Tensor:
+    def _decoded(self, k: int, stages: list[Tensor], prefix: tuple[Any, ...]) -> Tensor:
         branch: Any = self.branches[k]
-        stages, prefix = encoded.stages[k]
-        z_BChw = branch.segmentation_head(branch.decoder(stages, *prefix)).float()
-        if resolution == "full" and z_BChw.shape[-2:] != encoded.padded_HW:
-            z_BChw = F.interpolate(z_BChw, size=encoded.padded_HW, mode="bilinear", align_corners=True)  # as smp's own heads do
-        sizes = zip(encoded.size_HW, z_BChw.shape[-2:], encoded.padded_HW, strict=True)
+        z_BChw: Tensor = branch.segmentation_head(branch.decoder(stages, *prefix)).float()
+        return z_BChw
+
+    def finish(self, z_BChw: Tensor, size_HW: Sequence[int], padded_HW: Sequence[int], resolution: Resolution) -> Tensor:
+        """Logits of images `ready` made of them, upsampled where wanted and cropped to what is theirs."""
+        if resolution == "full" and z_BChw.shape[-2:] != tuple(padded_HW):
+            z_BChw = F.interpolate(z_BChw, size=tuple(padded_HW), mode="bilinear", align_corners=True)  # as smp's own heads do
+        sizes = zip(size_HW, z_BChw.shape[-2:], padded_HW, strict=True)
         height, width = (math.ceil(n * z / p) for n, z, p in sizes)
         return z_BChw[..., :height, :width]
 
@@ -300,9 +323,12 @@ def _encode(branch: Any, x_BCHW: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]
     return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
 
 
+def _pooled(stages: list[Tensor]) -> Tensor:
+    return stages[-1].float().mean(dim=(2, 3))
+
+
 def _embedding(encoded: Encoded) -> Tensor:
-    last_BDhw = encoded.stages[0][0][-1]
-    return F.normalize(last_BDhw.float().mean(dim=(2, 3)), dim=1)
+    return F.normalize(_pooled(encoded.stages[0][0]), dim=1)
 
 
 def _take_upsampling(head: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,11 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raysal.images.tiles import Grid
+from raysal.model import engines
 from raysal.model.checkpoint import ModelInfo, load
 from raysal.model.network import Encoded, Resolution, TwoBranch, dropouts, place
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+TILES_AT_ONCE = 8
+"""Of an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,24 @@ class Prediction:
     probabilities: np.ndarray
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a model says about a part of one image; all pieces of an image cover it once.
+
+    Attributes:
+        rows, cols: The part.
+        mask: uint8 [h, w] class ids.
+        confidence: float32 [h, w] probability of that class.
+        probabilities: float32 [C, h, w].
+    """
+
+    rows: slice
+    cols: slice
+    mask: np.ndarray
+    confidence: np.ndarray
+    probabilities: np.ndarray
+
+
 class Predictor:
     """Runs a model, so that one image has one mask to the byte, whatever else is in its batch and whoever asks.
 
@@ -44,26 +68,40 @@ class Predictor:
     from 256 px on this is also faster than batches. Accelerators compute whole batches; their last bits may follow the
     batch size.
 
+    Images of more than `model.whole_pixels` go through the network in tiles whose probabilities are blended (`raysal.images.tiles`).
+
     Args:
         model: Put in eval mode and on the device.
         info: Its description.
         device: Where it runs.
         digest: Of the checkpoint it came from; empty for a model that has none yet.
+        runtime: What computes the network (`raysal.model.engines`).
+
+    Raises:
+        CheckpointError: The runtime can't run this network, or gives other masks than eager float32.
 
     Attributes:
         model, info, device, digest: As given.
     """
 
-    def __init__(self, model: TwoBranch, info: ModelInfo, device: torch.device | str = "cpu", digest: str = "") -> None:
+    def __init__(
+        self,
+        model: TwoBranch,
+        info: ModelInfo,
+        device: torch.device | str = "cpu",
+        digest: str = "",
+        runtime: engines.Runtime = engines.EAGER,
+    ) -> None:
         self.info, self.device, self.digest = info, torch.device(device), digest
         self.model = place(model, info.model, self.device).eval()
         self._threads = _OneThreadEach() if self.device.type == "cpu" else None
+        self._engine = engines.build(self.model, runtime, self.device)
 
     @classmethod
-    def load(cls, uri: str, device: torch.device | str = "cpu") -> Predictor:
+    def load(cls, uri: str, device: torch.device | str = "cpu", runtime: engines.Runtime = engines.EAGER) -> Predictor:
         """From a checkpoint folder. Raises CheckpointError where it can't be used."""
         loaded = load(uri, device)
-        return cls(loaded.model, loaded.info, device, loaded.digest)
+        return cls(loaded.model, loaded.info, device, loaded.digest, runtime)
 
     def logits(self, images: Sequence[np.ndarray], resolution: Resolution = "full") -> tuple[Tensor, Tensor]:
         """Logits of both branches, float32 [B, C, h, w] on the device, at the network's input size or decoder resolution.
@@ -75,12 +113,12 @@ class Predictor:
         Raises:
             ValueError: No images, of several sizes, or not uint8 RGB.
         """
-        z1, z2 = self._each(lambda x: self.model(self._scaled(x), resolution), images)
+        z1, z2, _ = self.logits_and_features(images, resolution)
         return z1, z2
 
     def logits_and_features(self, images: Sequence[np.ndarray], resolution: Resolution = "full") -> tuple[Tensor, Tensor, Tensor]:
         """`logits`, and the images' embeddings float32 [B, D] (see `TwoBranch.features`) from the same pass."""
-        z1, z2, features = self._each(lambda x: self.model.with_features(self._scaled(x), resolution), images)
+        z1, z2, features = self._each(lambda x: self._run(self._scaled(x), (0, 1), resolution), images)
         return z1, z2, features
 
     def features(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -119,6 +157,8 @@ class Predictor:
     def predict(self, images: Sequence[np.ndarray]) -> Prediction:
         """Masks at the images' own size, from the mean of both branches' softmax (or branch 1's, as `info.predict` says).
 
+        Each image goes through the network whole, whatever its size; see `pieces`.
+
         Args:
             images: uint8 [H, W, 3] RGB arrays of one size.
 
@@ -127,6 +167,56 @@ class Predictor:
         """
         probabilities, confidence, masks = (t.cpu().numpy() for t in self._each(self._predict, images))
         return Prediction(masks, confidence, probabilities)
+
+    def grid(self, size_HW: tuple[int, int]) -> Grid | None:
+        """The tiles of images of a size; None where they go through the network whole."""
+        model = self.info.model
+        return None if size_HW[0] * size_HW[1] <= model.whole_pixels else Grid.over(size_HW, model.tile_px, model.overlap_px)
+
+    def pieces(self, images: Sequence[np.ndarray]) -> Iterator[Iterator[Piece]]:
+        """What the model says about each of several images of one size, whole or tile by tile, in the order of the images.
+
+        Of an image in tiles, memory holds a few tiles and one overlap as wide as the image.
+
+        Raises:
+            ValueError: As in `predict`.
+        """
+        size_HW = (images[0].shape[0], images[0].shape[1])
+        if (grid := self.grid(size_HW)) is not None:
+            return (self._blended(image, grid) for image in images)
+        found, rows, cols = self.predict(images), slice(size_HW[0]), slice(size_HW[1])
+        return (iter([Piece(rows, cols, m, c, p)]) for m, c, p in zip(found.masks, found.confidence, found.probabilities, strict=True))
+
+    def masks(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """uint8 [H, W] class ids of several images of one size, whatever that is."""
+        found = []
+        for image_HWC, pieces in zip(images, self.pieces(images), strict=True):
+            mask_HW = np.empty(image_HWC.shape[:2], np.uint8)
+            for piece in pieces:
+                mask_HW[piece.rows, piece.cols] = piece.mask
+            found.append(mask_HW)
+        return found
+
+    def _blended(self, image_HWC: np.ndarray, grid: Grid) -> Iterator[Piece]:
+        def values() -> Iterator[np.ndarray]:
+            for tiles in batches(grid.tiles(), self.at_once):
+                yield from self.predict([tile.of(image_HWC) for tile in tiles]).probabilities
+
+        for rows, cols, p_Chw in grid.blend(values()):
+            confidence_hw = p_Chw.max(axis=0)
+            yield Piece(rows, cols, p_Chw.argmax(axis=0).astype(np.uint8), confidence_hw, p_Chw)
+
+    @property
+    def at_once(self) -> int:
+        """Tiles that go through the network together."""
+        return torch.get_num_threads() if self._threads is not None else TILES_AT_ONCE
+
+    def _run(self, x_BCHW: Tensor, branches: tuple[int, ...], resolution: Resolution = "full") -> tuple[Tensor, ...]:
+        """Logits of some branches and the embeddings, of images that are scaled already."""
+        ready_BCHW = self.model.ready(x_BCHW)
+        *logits, pooled_BD = self._engine(ready_BCHW, branches)
+        sizes = x_BCHW.shape[-2:], ready_BCHW.shape[-2:]
+        return *(self.model.finish(z, *sizes, resolution) for z in logits), F.normalize(pooled_BD, dim=1)
 
     def _predict(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BCHW, size_HW = self._scaled(images_BCHW), images_BCHW.shape[-2:]
@@ -139,7 +229,7 @@ class Predictor:
 
     def _voters(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Logits of the branches that a prediction is the mean of."""
-        return self.model(x_BCHW) if self.info.predict == "mean" else (self.model.branch(0, x_BCHW),)
+        return self._run(x_BCHW, (0, 1) if self.info.predict == "mean" else (0,))[:-1]
 
     def _scaled(self, images_BCHW: Tensor) -> Tensor:
         return scale_images(images_BCHW, self.info.input_scale)
@@ -169,6 +259,13 @@ class _OneThreadEach:
             # The setting holds for the thread that makes it; the caller keeps its own.
             self._pool = ThreadPoolExecutor(torch.get_num_threads(), "predict", torch.set_num_threads, (1,))
         return list(self._pool.map(torch.no_grad()(run), inputs))
+
+
+def batches(items: Iterable[In], size: int) -> Iterator[list[In]]:
+    """Items in groups of so many, the last perhaps smaller."""
+    given = iter(items)
+    while group := list(islice(given, size)):
+        yield group
 
 
 def to_batch(images: Sequence[np.ndarray]) -> Tensor:

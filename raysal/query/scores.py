@@ -29,6 +29,9 @@ from raysal.config import ScoreConfig
 from raysal.errors import ConfigError
 
 LN2 = math.log(2)
+EMPTY = 1e-9
+"""Weight of an image without valid pixels, so that its scores are 0 and not undefined."""
+
 LOG_FLOOR = -104.0
 """exp underflows to 0 in float32 below it, so p * max(logp, LOG_FLOOR) is p logp with 0 log 0 = 0, even at logp = -inf."""
 
@@ -207,12 +210,12 @@ def valid_at(valid_BHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
     return functional.interpolate(valid_BHW[:, None].float(), size=size_hw, mode="area")[:, 0] >= 0.5
 
 
-def aggregate(map_BHW: Tensor, valid_BHW: Tensor, how: str = "mean", q: float = 0.05) -> Tensor:
+def aggregate(map_BHW: Tensor, weight_BHW: Tensor, how: str = "mean", q: float = 0.05) -> Tensor:
     """From pixels to an image.
 
     Args:
         map_BHW: A pixel map.
-        valid_BHW: bool; the pixels that count.
+        weight_BHW: How much each pixel counts, 0 to 1: a bool where it is valid or not, a share where tiles overlap.
         how: ``mean``, ``sum``, or ``top_q`` (mean of the highest share q of valid pixels, at least one).
         q: The share of ``top_q``.
 
@@ -222,23 +225,40 @@ def aggregate(map_BHW: Tensor, valid_BHW: Tensor, how: str = "mean", q: float = 
     Raises:
         ConfigError: ``how`` is none of the three.
     """
-    a_BN, v_BN = map_BHW.double().flatten(1), valid_BHW.flatten(1)
-    n_B = v_BN.sum(1)
+    a_BN, w_BN = map_BHW.double().flatten(1), weight_BHW.double().flatten(1)
+    n_B = w_BN.sum(1)
     if how == "sum":
-        return (a_BN * v_BN).sum(1)
+        return (a_BN * w_BN).sum(1)
     if how == "mean":
-        return (a_BN * v_BN).sum(1) / n_B.clamp_min(1)
+        return (a_BN * w_BN).sum(1) / n_B.clamp_min(EMPTY)
     if how == "top_q":
-        k_B = torch.minimum((n_B * q).ceil().long().clamp_min(1), n_B)
-        descending_BN = a_BN.masked_fill(~v_BN, -math.inf).sort(1, descending=True).values
-        top_BN = torch.arange(a_BN.shape[1], device=a_BN.device) < k_B[:, None]
-        return torch.where(top_BN, descending_BN, 0.0).sum(1) / k_B.clamp_min(1)
+        k_B = torch.minimum((n_B * q).ceil().clamp_min(1), n_B)
+        descending_BN, order_BN = a_BN.masked_fill(w_BN == 0, -math.inf).sort(1, descending=True)
+        w_BN = w_BN.gather(1, order_BN)
+        top_BN = (k_B[:, None] - (w_BN.cumsum(1) - w_BN)).clamp_min(0).minimum(w_BN)  # what of each pixel is among the highest k
+        return (top_BN * descending_BN.nan_to_num(neginf=0.0)).sum(1) / k_B.clamp_min(EMPTY)
     raise ConfigError(f"score.aggregate: unknown {how!r}; valid: mean, sum, top_q")
 
 
 def class_fractions(z1_BChw: Tensor, z2_BChw: Tensor, valid_BHW: Tensor) -> np.ndarray:
     """Share of the valid pixels that the mean prediction gives to each class: float64 [B, C]; all 0 without valid pixels."""
-    return _fractions(Branches(z1_BChw, z2_BChw).logpm, valid_at(valid_BHW, _size(z1_BChw))).cpu().numpy()
+    named_BC = _named(Branches(z1_BChw, z2_BChw).logpm, valid_at(valid_BHW, _size(z1_BChw)))
+    return (named_BC / named_BC.sum(1, keepdim=True).clamp_min(EMPTY)).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Pixel maps of some images or tiles, and what their pixels count.
+
+    Attributes:
+        maps: float32 [B, n] by score name.
+        weight_Bn: float32, 0 to 1.
+        named_BC: float64, summed weight of the pixels that the mean prediction gives to each class.
+    """
+
+    maps: dict[str, Tensor]
+    weight_Bn: Tensor
+    named_BC: Tensor
 
 
 def score_images(
@@ -249,7 +269,20 @@ def score_images(
     class_bonus_C: Sequence[float] | np.ndarray | Tensor | None = None,
     bald_Bhw: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
-    """One float an image and score.
+    """One float an image and score, of images that went through the network whole. Arguments and errors as `measure`, returns as `join`."""
+    return join([measure(z1_BChw, z2_BChw, valid_BHW, cfg, class_bonus_C, bald_Bhw)], cfg)
+
+
+def measure(
+    z1_BChw: Tensor,
+    z2_BChw: Tensor,
+    valid_BHW: Tensor,
+    cfg: ScoreConfig,
+    class_bonus_C: Sequence[float] | np.ndarray | Tensor | None = None,
+    bald_Bhw: Tensor | None = None,
+    share_BHW: Tensor | None = None,
+) -> Measured:
+    """The pixel maps that scores are made of.
 
     Args:
         z1_BChw: Logits of branch 1, at any resolution.
@@ -258,9 +291,7 @@ def score_images(
         cfg: Which scores, how pixels become one number, alpha.
         class_bonus_C: omega_c; pixel maps are multiplied by sum_c pm_c omega_c, which draws rare classes forward.
         bald_Bhw: The map of `Bald` for these images, needed where cfg.scores names ``bald``.
-
-    Returns:
-        float64 [B] by score name, and ``class_fractions`` float64 [B, C].
+        share_BHW: float32, of tiles: how much of each pixel is theirs; None: all of it.
 
     Raises:
         ConfigError: A score is unknown.
@@ -272,15 +303,34 @@ def score_images(
     pixel_maps = {name: MAPS[name](branches) for name in names if name != "bald"}
     if "bald" in names:
         if bald_Bhw is None:
-            raise ValueError("score_images: 'bald' is asked for, but its map is not given")
+            raise ValueError("measure: 'bald' is asked for, but its map is not given")
         pixel_maps["bald"] = bald_Bhw
     if class_bonus_C is not None:
         omega = torch.as_tensor(class_bonus_C, dtype=torch.float32, device=z1_BChw.device)
         bonus_Bhw = torch.einsum("bchw,c->bhw", branches.pm, omega)
         pixel_maps = {name: a * bonus_Bhw for name, a in pixel_maps.items()}
-    out = {name: aggregate(pixel_maps[name], valid_Bhw, cfg.aggregate, cfg.top_q).cpu().numpy() for name in names}
-    fractions = _fractions(Branches(z1_BChw, z2_BChw).logpm, valid_Bhw)  # what the mask will show, whatever the temperature
-    return {**out, "class_fractions": fractions.cpu().numpy()}
+    weight_Bhw = valid_Bhw.float()
+    if share_BHW is not None:
+        weight_Bhw = weight_Bhw * functional.interpolate(share_BHW[:, None], size=_size(z1_BChw), mode="area")[:, 0]
+    named_BC = _named(Branches(z1_BChw, z2_BChw).logpm, weight_Bhw)  # what the mask will show, whatever the temperature
+    return Measured({name: pixel_maps[name].flatten(1) for name in names}, weight_Bhw.flatten(1), named_BC)
+
+
+def join(parts: Sequence[Measured], cfg: ScoreConfig) -> dict[str, np.ndarray]:
+    """Scores of images from their parts: of whole images the one part, of tiles all.
+
+    Returns:
+        float64 [B] by score name, and ``class_fractions`` float64 [B, C].
+
+    Raises:
+        ConfigError: cfg.aggregate is unknown.
+    """
+    weight_Bn, named_BC = torch.cat([p.weight_Bn for p in parts], dim=1), torch.stack([p.named_BC for p in parts]).sum(0)
+    out = {
+        name: aggregate(torch.cat([p.maps[name] for p in parts], dim=1), weight_Bn, cfg.aggregate, cfg.top_q).cpu().numpy()
+        for name in parts[0].maps
+    }
+    return {**out, "class_fractions": (named_BC / named_BC.sum(1, keepdim=True).clamp_min(EMPTY)).cpu().numpy()}
 
 
 def rarity_bonus(images_C: np.ndarray) -> np.ndarray:
@@ -293,10 +343,10 @@ def score_columns(cfg: ScoreConfig, strategy: str) -> tuple[str, ...]:
     return check_names((*cfg.scores, *needed_columns(strategy)))
 
 
-def _fractions(logpm_BChw: Tensor, valid_Bhw: Tensor) -> Tensor:
+def _named(logpm_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
     classes = logpm_BChw.shape[1]
-    named_BNC = functional.one_hot(logpm_BChw.argmax(1).flatten(1), classes) * valid_Bhw.flatten(1)[..., None]
-    return named_BNC.sum(1).double() / valid_Bhw.flatten(1).sum(1, keepdim=True).clamp_min(1)
+    named_BNC = functional.one_hot(logpm_BChw.argmax(1).flatten(1), classes) * weight_Bhw.flatten(1)[..., None].double()
+    return named_BNC.sum(1)
 
 
 def _size(z_BChw: Tensor) -> tuple[int, int]:

@@ -142,7 +142,7 @@ def _read(dataset: Dataset, item: Item) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _masks(predictor: Predictor, images: list[np.ndarray]) -> list[np.ndarray]:
-    return list(predictor.predict(images).masks)
+    return predictor.masks(images)
 
 
 def _example(item: Item, value: float, image_HWC: np.ndarray, truth_HW: np.ndarray, mask_HW: np.ndarray) -> Example:

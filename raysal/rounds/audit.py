@@ -10,10 +10,13 @@ import numpy as np
 import torch
 
 from raysal.archive.tables import read_table
+from raysal.config import RuntimeConfig
 from raysal.datasets.base import Dataset, Item
 from raysal.errors import DataError, ImageError, InputError
 from raysal.labels import IGNORE
 from raysal.model.audit import estimate
+from raysal.model.checkpoint import read_info
+from raysal.model.engines import settle
 from raysal.model.metrics import Calibration, ClassReliability, confusion
 from raysal.model.runtime import Predictor
 from raysal.query.rank import hash01
@@ -30,6 +33,7 @@ def audit(
     images: int,
     seed: int,
     device: str = "cpu",
+    runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008  frozen
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Estimates the quality of masks on images that were not learnt from.
@@ -43,6 +47,7 @@ def audit(
         images: How many to draw; all where there are fewer.
         seed: Of the draw and the intervals.
         device: Where the model runs.
+        runtime: What computes it, as it did for the masks.
         on_progress: Called as on_progress(done, total) after each image.
 
     Returns:
@@ -54,7 +59,7 @@ def audit(
         InputError: The masks are another model's, no image can be drawn, or `learnt` names fewer images than the model learnt from.
         DataError: Drawn images have no mask yet, or one can't be used.
     """
-    predictor = Predictor.load(checkpoint, device)
+    predictor = Predictor.load(checkpoint, device, settle(runtime, read_info(checkpoint).model, device))
     if (told := predictor.info.parents.get("labels") or 0) > len(learnt):
         raise InputError(f"{checkpoint} learnt from {told} labels, {len(learnt)} are named here; name all of them (--learnt)")
     ok, chosen = draw(labels, predictor.digest, items, learnt, images, seed)
@@ -71,12 +76,13 @@ def audit(
     calibration, reliability = Calibration(), ClassReliability(n)
     for k, id_ in enumerate(chosen):
         image_HWC, truth_HW, valid_HW = _read(dataset, by_id[id_])
-        found = predictor.predict([image_HWC])
-        truth_BHW = torch.from_numpy(truth_HW)[None]
-        confusions[k] = confusion(torch.from_numpy(found.masks), truth_BHW, n).numpy()
-        blanks[k] = np.bincount(found.masks[0][valid_HW & (truth_HW == IGNORE)], minlength=n)
-        calibration.add(found.probabilities, truth_BHW)
-        reliability.add(found.masks, found.confidence, truth_BHW)
+        for piece in next(predictor.pieces([image_HWC])):
+            part = piece.rows, piece.cols
+            truth_BHW = torch.from_numpy(truth_HW[part])[None]
+            confusions[k] += confusion(torch.from_numpy(piece.mask)[None], truth_BHW, n).numpy()
+            blanks[k] += np.bincount(piece.mask[valid_HW[part] & (truth_HW[part] == IGNORE)], minlength=n)
+            calibration.add(torch.from_numpy(piece.probabilities)[None], truth_BHW)
+            reliability.add(piece.mask[None], piece.confidence[None], truth_BHW)
         if on_progress:
             on_progress(k + 1, len(chosen))
     predicted_C = sum(r["width"] * r["height"] * (1 - r["abstained"]) * np.asarray(r["class_fractions"], np.float64) for r in ok)

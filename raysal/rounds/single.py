@@ -20,6 +20,7 @@ from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check, class_pixels
 from raysal.errors import CheckpointError, ConfigError, DataError, ImageError, InputError, RaysalError
 from raysal.model import checkpoint
+from raysal.model.engines import settle
 from raysal.model.runtime import Predictor
 from raysal.rounds.audit import audit, draw
 from raysal.rounds.choose import choose
@@ -86,7 +87,8 @@ def evaluate_checkpoint(uri: str, cfg: Config, split: str, on_progress: Callable
     Raises:
         CheckpointError: The checkpoint was made for other classes than the data set's.
     """
-    predictor = Predictor.load(uri, "cuda" if cfg.compute.use_gpu else "cpu")
+    device = "cuda" if cfg.compute.use_gpu else "cpu"
+    predictor = Predictor.load(uri, device, settle(cfg.runtime, checkpoint.read_info(uri).model, device))
     dataset = build(cfg.data, cfg.run)
     checkpoint.require_classes(uri, predictor.info, dataset.label_set)
     items = dataset.split(split)
@@ -130,7 +132,8 @@ def audit_labels(
         names = {item.id: item.name for item in items}
         write_bytes(ask, "".join(f"{names[i]}\n" for i in chosen).encode())
         return {"ask": ask, "images": chosen}
-    return audit(checkpoint_uri, labels, dataset, items, ids, images, cfg.seed, device, lambda done, total: on_progress(done, total, {}))
+    progress = lambda done, total: on_progress(done, total, {})  # noqa: E731
+    return audit(checkpoint_uri, labels, dataset, items, ids, images, cfg.seed, device, cfg.runtime, progress)
 
 
 def query_scores(scores: str, cfg: Config, budget: int, out: str, labeled: Sequence[str], manifest: str | None) -> list[dict]:

@@ -12,7 +12,8 @@ import pyarrow.dataset
 from raysal.archive.uris import absolute, open_fs
 from raysal.config import Config, digest_of
 from raysal.errors import InputError
-from raysal.model.checkpoint import digest_at
+from raysal.model.checkpoint import digest_at, read_info
+from raysal.model.engines import settle
 from raysal.stream.output import Held, Output, keys
 from raysal.stream.worker import PoolWorker, Task
 
@@ -59,9 +60,12 @@ def prepare(
     checkpoint_uri, out_uri = absolute(checkpoint_uri), absolute(out_uri)
     digest, bonus = digest_at(checkpoint_uri), None if class_bonus is None else tuple(class_bonus)
     decides = digest_of([cfg.digest(), schema.names, bonus])
-    output = Output(out_uri, schema, {"kind": worker.__name__, "model_digest": digest, "config_digest": decides})
     device = "cuda" if cfg.compute.use_gpu else "cpu"
-    return Job(manifest, wanted, output, Task(cfg, checkpoint_uri, digest, out_uri, schema, device, 1, "", bonus))
+    runtime = settle(cfg.runtime, read_info(checkpoint_uri).model, device)
+    # The runtime too: another one rounds otherwise, and one folder holds one model's masks to the byte.
+    identity = {"kind": worker.__name__, "model_digest": digest, "config_digest": decides, "runtime": str(runtime)}
+    task = Task(cfg, checkpoint_uri, digest, out_uri, schema, device, 1, "", bonus, runtime)
+    return Job(manifest, wanted, Output(out_uri, schema, identity), task)
 
 
 def among(keys: np.ndarray, of: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,6 +19,7 @@ from raysal.images.masks import encode_mask
 from raysal.labels import IGNORE
 from raysal.model.checkpoint import ModelInfo, read_info
 from raysal.model.metrics import ClassReliability
+from raysal.model.runtime import Piece
 from raysal.stream.forecast import Forecast, forecast
 from raysal.stream.output import TRUST
 from raysal.stream.pool import Progress, Summary, run_pool
@@ -124,20 +125,26 @@ class LabelImages(PoolWorker):
         }
 
     def rows(self, pictures: Sequence[Picture]) -> list[Row]:
-        found = self.predictor.predict([p.image_HWC for p in pictures])
-        return [self._row(p, found.masks[i], found.confidence[i]) for i, p in enumerate(pictures)]
+        found = self.predictor.pieces([p.image_HWC for p in pictures])
+        return [self._row(p, pieces) for p, pieces in zip(pictures, found, strict=True)]
 
-    def _row(self, picture: Picture, mask_HW: np.ndarray, confidence_HW: np.ndarray) -> Row:
-        if not np.isfinite(confidence_HW).all():
-            raise ValueError(f"the network's output for {picture.source.uri} is not finite; was the training stable?")
-        kept = picture.valid_HW
-        if self.reliability is not None:
-            kept = kept & self.reliability.reaches(mask_HW, confidence_HW, self.thresholds)
-        counts_C = np.bincount(mask_HW[kept], minlength=self.predictor.info.label_set.n_classes)
+    def _row(self, picture: Picture, pieces: Iterable[Piece]) -> Row:
+        mask_HW = np.full(picture.shape_HW, IGNORE, np.uint8)
+        counts_C, confidence = np.zeros(self.predictor.info.label_set.n_classes, np.int64), 0.0
+        for piece in pieces:
+            if not np.isfinite(piece.confidence).all():
+                raise ValueError(f"the network's output for {picture.source.uri} is not finite; was the training stable?")
+            kept = picture.valid_HW[piece.rows, piece.cols]
+            if self.reliability is not None:
+                kept = kept & self.reliability.reaches(piece.mask, piece.confidence, self.thresholds)
+            mask_HW[piece.rows, piece.cols][kept] = piece.mask[kept]
+            counts_C += np.bincount(piece.mask[kept], minlength=len(counts_C))
+            confidence += float(piece.confidence[kept].sum(dtype=np.float64))
+        pixels = int(counts_C.sum())
         return {
-            "mask_png": encode_mask(np.where(kept, mask_HW, np.uint8(IGNORE))),
-            "confidence": float(confidence_HW[kept].mean(dtype=np.float64)) if kept.any() else None,
-            "abstained": float(1 - kept.mean()),
-            "class_fractions": (counts_C / max(1, int(counts_C.sum()))).astype(np.float32),
+            "mask_png": encode_mask(mask_HW),
+            "confidence": confidence / pixels if pixels else None,
+            "abstained": 1 - pixels / mask_HW.size,
+            "class_fractions": (counts_C / max(1, pixels)).astype(np.float32),
             "source_sha256": picture.sha256,
         }

@@ -59,6 +59,7 @@ class Summary:
         counts: All rows of the output by status; every status is named.
         model_digest: Of the checkpoint.
         config_digest: Of the configuration.
+        runtime: What computed the network.
         seconds: From call to return, start-up of actors included.
         images_per_second: done / seconds.
         core_seconds: What this run cost: seconds x cores that it kept busy.
@@ -70,6 +71,7 @@ class Summary:
     counts: dict[str, int]
     model_digest: str
     config_digest: str
+    runtime: str
     seconds: float
     images_per_second: float
     core_seconds: float
@@ -139,6 +141,7 @@ def run_pool(
         counts=held.counts(),
         model_digest=job.task.model_digest,
         config_digest=cfg.digest(),
+        runtime=str(job.task.runtime),
         seconds=seconds,
         images_per_second=todo / seconds,
         core_seconds=seconds * cores,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from raysal.config import Config
 from raysal.datasets.base import read_valid
 from raysal.errors import CheckpointError, ImageError, RaysalError
 from raysal.images.decode import decode
+from raysal.model.engines import EAGER, Runtime
 from raysal.model.runtime import Predictor
 
 RUN = "_RUN.json"
@@ -40,6 +42,9 @@ READERS = 8
 
 FORWARD_PIXELS = 8 * 2**20
 """Pixels of one forward pass at most, whatever the batch size; a larger image goes alone."""
+
+AHEAD_PIXELS, AHEAD_BYTES = 16 * 2**20, 64 * 2**20
+"""Largest image and file that threads read ahead of the network; a larger one is read when its turn comes, so that one is in memory."""
 
 HELD_BATCHES = 4
 """Decoded images an actor holds, in batches: where an archive has many sizes, batches go before they are full."""
@@ -65,6 +70,7 @@ class Task:
         threads: torch threads of an actor.
         token: Of the run; a process that outlived its run must not write into the next one's output.
         class_bonus: omega_C of the scores, None without.
+        runtime: What computes the network.
     """
 
     cfg: Config
@@ -76,6 +82,7 @@ class Task:
     threads: int
     token: str
     class_bonus: tuple[float, ...] | None = None
+    runtime: Runtime = EAGER
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class PoolWorker:
         """
         # Ray sets OMP_NUM_THREADS to the logical CPUs of an actor, which are a share for scheduling, not the cores it may use.
         torch.set_num_threads(self.task.threads)
-        self.predictor = Predictor.load(self.task.checkpoint_uri, self.task.device)
+        self.predictor = Predictor.load(self.task.checkpoint_uri, self.task.device, self.task.runtime)
         if self.predictor.digest != self.task.model_digest:
             raise CheckpointError(
                 f"{self.task.checkpoint_uri}: the checkpoint changed while the run went on (digest {self.predictor.digest[:12]}, "
@@ -210,6 +217,8 @@ class PoolWorker:
             done.update(zip(places, self._run(pictures), strict=True))
 
         for place, picture in enumerate(self._read_ahead(sources)):
+            if isinstance(picture, ImageError) and picture.status == "limit":  # perhaps too large to be read ahead only
+                picture = self._read(sources[place])
             if isinstance(picture, ImageError):
                 done[place] = failed(sources[place], picture.status, picture)
                 continue
@@ -252,19 +261,20 @@ class PoolWorker:
         """Images in order, read by threads that stay at most two batches ahead: memory holds for blocks of any length."""
         ahead: deque[Future[Picture | ImageError]] = deque()
         for source in sources:
-            ahead.append(self._readers.submit(self._read, source))
+            ahead.append(self._readers.submit(self._read, source, AHEAD_PIXELS, AHEAD_BYTES))
             if len(ahead) > 2 * self.cfg.score.batch_size:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
-    def _read(self, source: Source) -> Picture | ImageError:
+    def _read(self, source: Source, most_pixels: float = math.inf, most_bytes: float = math.inf) -> Picture | ImageError:
         data = self.cfg.data
+        max_pixels, max_bytes = int(min(data.max_pixels, most_pixels)), int(min(data.max_bytes, most_bytes))
         try:
-            encoded = fetch_image(source.uri, data.max_bytes, data.max_seconds)
+            encoded = fetch_image(source.uri, max_bytes, data.max_seconds)
             label = partial(fetch_label, source.uri, max_seconds=data.max_seconds)
-            found = decode(encoded, data.max_pixels, source.uri, label, data.max_bands, data.black_border)
-            valid_HW = found.valid_HW & read_valid(source.exclude, found.valid_HW.shape, data.max_bytes, data.max_pixels)
+            found = decode(encoded, max_pixels, source.uri, label, data.max_bands, data.black_border)
+            valid_HW = found.valid_HW & read_valid(source.exclude, found.valid_HW.shape, max_bytes, max_pixels)
         except ImageError as error:
             return error
         except Exception as error:  # nothing that an image holds may stop the run

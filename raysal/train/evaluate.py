@@ -69,11 +69,12 @@ def evaluate(
     mine = items[rank::world]
     done = 0
     for images, masks in _batches(dataset, mine, batch):
-        prediction = predictor.predict(images)
-        truth_BHW = torch.from_numpy(np.stack(masks))
-        total += confusion(torch.from_numpy(prediction.masks), truth_BHW, n)
-        calibration.add(prediction.probabilities, truth_BHW)
-        reliability.add(prediction.masks, prediction.confidence, truth_BHW)
+        for pieces, truth_HW in zip(predictor.pieces(images), masks, strict=True):
+            for piece in pieces:
+                truth_BHW = torch.from_numpy(truth_HW[piece.rows, piece.cols])[None]
+                total += confusion(torch.from_numpy(piece.mask)[None], truth_BHW, n)
+                calibration.add(torch.from_numpy(piece.probabilities)[None], truth_BHW)
+                reliability.add(piece.mask[None], piece.confidence[None], truth_BHW)
         done += len(images)
         if on_progress:
             on_progress(done, len(mine))

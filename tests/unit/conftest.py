@@ -9,11 +9,14 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from filelock import FileLock
 
 from raysal.cli import main
+from raysal.model.checkpoint import INFO
 from raysal.report import build
 from tests.helpers import Call
 from tests.run_folder import Fabricator, fabricate, tiny_config
+from tests.trained import train_on_scenes
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +26,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A checkpoint that knows a little (`tests.trained`); of several test processes the first makes it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "trained"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / INFO).exists():
+            train_on_scenes(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

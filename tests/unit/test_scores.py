@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
 
-from raysal.config import ModelConfig, ScoreConfig
+from raysal.config import ScoreConfig
 from raysal.datasets.synthetic import scene
 from raysal.errors import ConfigError
-from raysal.labels import S5MARS
-from raysal.model.checkpoint import ModelInfo
-from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
 from raysal.query import scores
 from raysal.query.scores import Bald, Branches, aggregate, class_fractions, entropy, log_probabilities, maps, score_images
@@ -282,32 +280,14 @@ def test_decoder_resolution_ranks_images_as_full_resolution_does(how: str, names
 
 
 @pytest.mark.slow
-def test_a_trained_network_ranks_scenes_alike_at_both_resolutions() -> None:
+def test_a_trained_network_ranks_scenes_alike_at_both_resolutions(trained: Path) -> None:
     px, names = 96, ("entropy", "uncertainty", "least_confidence", "margin")
-    predictor = trained_on_scenes(px)
+    predictor = Predictor.load(str(trained))
     scenes = [scene(0, i, px)[0] for i in range(64)]
     cfg = ScoreConfig(scores=names)
     at_decoder, at_full = (score_images(*predictor.logits(scenes, r), valid((64, px, px)), cfg) for r in ("decoder", "full"))  # type: ignore[arg-type]
     for name in names:
         assert spearmanr(at_decoder[name], at_full[name]).statistic >= 0.99, name
-
-
-def trained_on_scenes(px: int) -> Predictor:
-    """A small net after 40 steps on 16 scenes of another planet: enough that it knows some classes and doubts others."""
-    torch.set_num_threads(1)
-    model = ModelConfig(arch="DeepLabV3Plus", encoder="tu-mobilenetv3_small_050")
-    net = TwoBranch(model, S5MARS.n_classes, seed=0).train()
-    images, masks = zip(*(scene(1, i, px) for i in range(16)), strict=True)
-    x, y = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks)).long()
-    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
-    for step in range(40):
-        batch = torch.randperm(16, generator=torch.Generator().manual_seed(step))[:8]
-        z1, z2 = net(x[batch])
-        loss = functional.cross_entropy(z1, y[batch]) + functional.cross_entropy(z2, y[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return Predictor(net, ModelInfo(S5MARS, model, input_scale=1.0, tile_px=px))
 
 
 def test_entropy_takes_0_log_0_as_0() -> None:

@@ -1,0 +1,119 @@
+"""What computes the network: each engine says what eager float32 says, or is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raysal.config import ModelConfig, RuntimeConfig
+from raysal.datasets.synthetic import scene
+from raysal.errors import CheckpointError, ConfigError
+from raysal.model import engines
+from raysal.model.engines import Runtime, settle
+from raysal.model.runtime import Predictor
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="no OpenVINO; install it: pip install -e '.[openvino]'"
+)
+OPENVINO = Runtime("openvino", "float32", 0.98)
+DEEPLAB = ModelConfig()
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def scenes(px: int, n: int = 2) -> list[np.ndarray]:
+    return [scene(0, i, px)[0] for i in range(n)]
+
+
+@needs_openvino
+def test_openvino_says_what_eager_says_at_any_size(trained: Path) -> None:
+    eager, fast = Predictor.load(str(trained)), Predictor.load(str(trained), runtime=OPENVINO)
+    for images in (scenes(96), scenes(64), [s[:61, :45] for s in scenes(96)]):
+        for want, got in zip(eager.logits_and_features(images), fast.logits_and_features(images), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        assert (eager.predict(images).masks == fast.predict(images).masks).mean() > 0.999
+
+
+@needs_openvino
+def test_openvino_gives_the_same_bytes_in_any_batch_and_from_any_thread(trained: Path) -> None:
+    images, seen = scenes(96, 4), []
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        predictor = Predictor.load(str(trained), runtime=OPENVINO)
+        with ThreadPoolExecutor(3) as callers:
+            alone = list(callers.map(lambda image, p=predictor: p.predict([image]).probabilities, images))
+        seen += [np.concatenate(alone).tobytes(), predictor.predict(images).probabilities.tobytes()]
+    assert len(set(seen)) == 1
+
+
+@needs_openvino
+def test_openvino_runs_one_branch_where_one_predicts(trained: Path) -> None:
+    eager, fast = Predictor.load(str(trained)), Predictor.load(str(trained), runtime=OPENVINO)
+    for predictor in (eager, fast):
+        object.__setattr__(predictor.info, "predict", "branch1")
+    np.testing.assert_allclose(fast.predict(scenes(64)).probabilities, eager.predict(scenes(64)).probabilities, atol=1e-4)
+
+
+def test_bfloat16_is_close_and_held_to_what_is_asked(trained: Path) -> None:
+    eager, half = (Predictor.load(str(trained), runtime=r) for r in (engines.EAGER, Runtime("eager", "bfloat16", 0.9)))
+    z, z16 = eager.logits(scenes(96))[0], half.logits(scenes(96))[0]
+    assert z16.dtype == torch.float32 and not torch.equal(z, z16)
+    assert (z.argmax(1) == z16.argmax(1)).float().mean() > 0.9
+    with pytest.raises(CheckpointError, match=r"runtime eager bfloat16 gives only .*; set runtime\.precision=float32"):
+        Predictor.load(str(trained), runtime=Runtime("eager", "bfloat16", 1.0))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_says_what_eager_says(trained: Path) -> None:
+    eager, fast = Predictor.load(str(trained)), Predictor.load(str(trained), runtime=Runtime("compile", "float32", 0.98))
+    for want, got in zip(eager.logits_and_features(scenes(96)), fast.logits_and_features(scenes(96)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_an_engine_that_says_something_else_is_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def __init__(self, model: engines.TwoBranch, precision: str) -> None:
+            self.model = model
+
+        def __call__(self, x: torch.Tensor, branches: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+            *logits, pooled = self.model.core(x, branches)
+            return *(z.roll(1, dims=1) for z in logits), pooled
+
+    class Broken(Wrong):
+        def __call__(self, x: torch.Tensor, branches: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+            raise RuntimeError("no such\n operation")
+
+    for engine, said in (
+        (Wrong, "gives only 0.0%"),
+        (Broken, r"can't run this network \(RuntimeError: no such operation\); set runtime.kind"),
+    ):
+        monkeypatch.setattr(engines, "_OpenVino", engine)
+        with pytest.raises(CheckpointError, match=said):
+            Predictor.load(str(trained), runtime=OPENVINO)
+
+
+def test_auto_takes_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_capabilities", lambda: ["FP32", "BF16"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "openvino bfloat16"
+    assert str(settle(RuntimeConfig(precision="float32"), DEEPLAB, "cpu")) == "openvino float32"
+    assert str(settle(RuntimeConfig(), ModelConfig(arch="DPT"), "cpu")) == "eager float32"
+    monkeypatch.setattr(engines, "_capabilities", lambda: ["FP32"])
+    assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "openvino float32"
+    with pytest.raises(ConfigError, match="runs on CPUs"):
+        settle(RuntimeConfig(kind="openvino"), DEEPLAB, "cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "eager float32"
+    with pytest.raises(ConfigError, match=r"pip install 'raysal\[openvino\]'"):
+        settle(RuntimeConfig(kind="openvino"), DEEPLAB, "cpu")

@@ -1,0 +1,120 @@
+"""A large image in tiles gets what it would get whole, as far as a network's answer is local."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raysal.archive.tables import labels_schema, scores_schema
+from raysal.config import ScoreConfig, build
+from raysal.datasets.synthetic import scene
+from raysal.images.masks import decode_mask
+from raysal.images.tiles import Grid
+from raysal.model.runtime import Predictor
+from raysal.stream.job import prepare
+from raysal.stream.label import LabelImages
+from raysal.stream.score import ScoreImages
+from raysal.stream.worker import Picture, Source
+from tests.helpers import tiny_tree
+
+SIDE, OVERLAP = 192, 64
+SCORES = ("entropy", "uncertainty", "margin", "disagreement")
+
+
+def tiled(trained: Path, **more: object) -> Predictor:
+    predictor = Predictor.load(str(trained))
+    model = predictor.info.model.model_copy(update={"whole_pixels": 1, "tile_px": SIDE, "overlap_px": OVERLAP, **more})
+    predictor.info = replace(predictor.info, model=model)
+    return predictor
+
+
+@pytest.fixture(scope="module")
+def panorama() -> np.ndarray:
+    """[288, 576, 3]: scenes of the size that the network learnt, side by side, as a mosaic holds more than a frame."""
+    rows = [np.concatenate([scene(0, 6 * i + j, 96)[0] for j in range(6)], axis=1) for i in range(3)]
+    return np.concatenate(rows)
+
+
+def test_the_mask_is_the_untiled_one_and_shows_no_seam(trained: Path, panorama: np.ndarray) -> None:
+    whole, pieces = Predictor.load(str(trained)).masks([panorama])[0], tiled(trained).masks([panorama])[0]
+    differ = whole != pieces
+    grid = Grid.over(panorama.shape[:2], SIDE, OVERLAP)
+    assert len(grid.rows) == 2 and len(grid.cols) == 4
+    # Global pooling sees the tile instead of the image, so a few pixels near a decision change.
+    assert differ.mean() < 0.05
+    near = np.zeros(differ.shape, bool)
+    for k in range(len(grid.cols) - 1):
+        near[:, grid.cols[k + 1].low - 4 : grid.cols[k].high + 4] = True
+    near[grid.rows[1].low - 4 : grid.rows[0].high + 4] = True
+    assert 0.1 < near.mean() < 0.5
+    # A seam would be a line of class changes where tiles meet that the whole image does not have.
+    edges = [(mask[:, 1:] != mask[:, :-1])[:, near[:, 1:].all(0)].mean() for mask in (whole, pieces)]
+    assert edges[1] < edges[0] + 0.01
+
+
+def test_pieces_cover_the_image_once_and_agree_with_the_mask(trained: Path, panorama: np.ndarray) -> None:
+    predictor = tiled(trained)
+    seen = np.zeros(panorama.shape[:2], int)
+    mask = predictor.masks([panorama])[0]
+    for piece in next(predictor.pieces([panorama])):
+        seen[piece.rows, piece.cols] += 1
+        np.testing.assert_allclose(piece.probabilities.sum(0), 1, atol=1e-5)
+        np.testing.assert_array_equal(piece.mask, mask[piece.rows, piece.cols])
+        np.testing.assert_array_equal(piece.confidence, piece.probabilities.max(0))
+    assert (seen == 1).all()
+
+
+def worker_of(kind: type, trained: Path, tmp_path: Path, predictor: Predictor, **score: object):  # type: ignore[no-untyped-def]
+    cfg = build(tiny_tree(tmp_path, score={"scores": list(SCORES), **score}))
+    info = predictor.info
+    schema = scores_schema(SCORES, 8, info.label_set) if kind is ScoreImages else labels_schema(info.label_set)
+    table = pa.table({"id": ["a"], "uri": ["a.png"]})
+    work = kind(prepare(kind, table, str(trained), str(tmp_path / "out"), schema, cfg, None).task)
+    work.predictor = predictor
+    return work
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "top_q"])
+def test_scores_of_tiles_are_those_of_the_whole(trained: Path, panorama: np.ndarray, tmp_path: Path, aggregate: str) -> None:
+    valid = np.ones(panorama.shape[:2], bool)
+    valid[:, :150] = False
+    picture = Picture(Source("a", "a.png"), panorama, valid, "")
+    whole, parts = (
+        worker_of(ScoreImages, trained, tmp_path, p, aggregate=aggregate).rows([picture])[0]
+        for p in (Predictor.load(str(trained)), tiled(trained))
+    )
+    for name in SCORES:
+        assert parts[name] == pytest.approx(whole[name], rel=0.1, abs=0.01), name
+    np.testing.assert_allclose(parts["class_fractions"], whole["class_fractions"], atol=0.05)
+    assert parts["class_fractions"].sum() == pytest.approx(1, abs=1e-5)
+    assert float(parts["embedding"].astype(float) @ whole["embedding"].astype(float)) > 0.95
+
+
+def test_what_is_not_valid_does_not_count_in_any_tile(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
+    valid = np.zeros(panorama.shape[:2], bool)
+    work = worker_of(ScoreImages, trained, tmp_path, tiled(trained))
+    row = work.rows([Picture(Source("a", "a.png"), panorama, valid, "")])[0]
+    assert all(row[name] == 0 for name in SCORES) and row["class_fractions"].sum() == 0
+
+
+def test_a_labelled_mosaic_is_the_predictors_mask_with_its_border_left_out(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
+    valid = np.ones(panorama.shape[:2], bool)
+    valid[:40] = False
+    work = worker_of(LabelImages, trained, tmp_path, tiled(trained))
+    row = work.rows([Picture(Source("a", "a.png"), panorama, valid, "0" * 64)])[0]
+    mask = decode_mask(row["mask_png"], 10**9, "a")
+    expected = np.where(valid, tiled(trained).masks([panorama])[0], 255)
+    np.testing.assert_array_equal(mask, expected)
+    assert row["abstained"] == pytest.approx(40 / 288) and 0 < row["confidence"] <= 1
+
+
+def test_dropout_draws_differ_from_tile_to_tile_and_not_from_call_to_call(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
+    work = worker_of(ScoreImages, trained, tmp_path, tiled(trained))
+    work.cfg = work.cfg.model_copy(update={"score": ScoreConfig(scores=("bald",), bald_passes=2, embedding_dim=0)})
+    picture = Picture(Source("a", "a.png"), panorama[:, :300], np.ones((288, 300), bool), "")
+    first, again = work.rows([picture])[0]["bald"], work.rows([picture])[0]["bald"]
+    assert first == again > 0
