@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def seams(predictor: Predictor, image_HWC: np.ndarray) -> tuple[float, float]:
     grid = Grid.over(whole.shape, model.tile_px, model.overlap_px)
     near = np.zeros(whole.shape, bool)
     for axis, found in enumerate((grid.rows, grid.cols)):
-        for a, b in zip(found, found[1:], strict=False):
+        for a, b in pairwise(found):
             near[(slice(None),) * axis + (slice(b.low, a.high),)] = True
     differ = whole != tiled
     return float(differ.mean()), float(differ[near].mean()) if near.any() else 0.0
@@ -89,7 +90,7 @@ def main() -> None:
             mosaic(folder / "mosaic.jpg", side)
             found[side] = labelled(checkpoint, folder, scratch / f"labels{side}")
             (folder / "mosaic.jpg").unlink()
-    (first, (_, least)), (last, (_, most)) = list(found.items())[0], list(found.items())[-1]
+    (first, (_, least)), (last, (_, most)) = next(iter(found.items())), list(found.items())[-1]
     claims.append(Claim(f"resident memory of labelling one image of {last:,} x {last:,} px", most, None, "lower", "GB"))
     grown = (most - least) * 1e9 / (last**2 - first**2)
     claims.append(Claim(f"bytes of memory for each pixel more, {first:,} to {last:,} px a side", grown, None, "lower", "B"))
@@ -106,9 +107,8 @@ def main() -> None:
             shares.append(seams(predictor, image))
             lines.append(f"| {file.name} | {image.shape[1]} x {image.shape[0]} | {shares[-1][0]:.4f} | {shares[-1][1]:.4f} |")
         for what, values in zip(("of all pixels", "of pixels where tiles fade"), zip(*shares, strict=True), strict=True):
-            claims.append(
-                Claim(f"share {what} whose class the tiles change, mean of {len(shares)} images", np.mean(values), None, "lower", "")
-            )
+            said = f"share {what} whose class the tiles change, mean of {len(shares)} images"
+            claims.append(Claim(said, float(np.mean(values)), None, "lower", ""))
     places = {"CHECKPOINT": args.checkpoint, "IMAGES": args.images} if args.checkpoint and args.images else {}
     write("mosaic", "Large images in tiles", claims, args.out, "\n".join(lines), places)
 
