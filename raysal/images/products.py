@@ -26,7 +26,10 @@ PDS3 = (b"PDS_VERSION_ID", b"ODL_VERSION_ID", b"CCSD3ZF", b"NJPL1I00PDS")
 VICAR = b"LBLSIZE="
 
 MAX_LABEL_BYTES = 2**20
-"""Real ones have 10 to 60 kB; parsers of text grow slow on more."""
+"""Real ones have 10 to 60 kB; on this much, whatever it says, parsers of PDS3 and PDS4 take two seconds."""
+
+MAX_VICAR_LABEL_BYTES = 2**17
+"""As above; the VICAR parser is slow: a hostile label of this size takes it half a minute."""
 
 NO_DATA = ("MISSING_CONSTANT", "INVALID_CONSTANT", "CORE_NULL", "NULL", "UNKNOWN_CONSTANT", "NOT_APPLICABLE_CONSTANT")
 """Names of values that stand for no measurement. Saturated pixels are measurements."""
@@ -125,7 +128,7 @@ def _read_vicar(folder: Path, data: bytes, label: bytes | None, check: Check, na
     import vicar  # slow to import, and few archives need it
 
     size = re.match(rb"LBLSIZE=\s*(\d{1,9})\s", data)
-    if size is None or not 0 < int(size[1]) <= min(len(data), MAX_LABEL_BYTES):
+    if size is None or not 0 < int(size[1]) <= min(len(data), MAX_VICAR_LABEL_BYTES):
         raise ImageError("decode", f"{name}: a VICAR file whose label has no size that fits it; fetch it again")
     (folder / "image.vic").write_bytes(data)
     found: Any = vicar.VicarLabel.from_file(folder / "image.vic")

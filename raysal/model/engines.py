@@ -5,8 +5,10 @@ Any of them may round as it likes, so each is held against eager float32 when it
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -120,8 +122,7 @@ class _OpenVino:
 
     def _compile(self, branches: tuple[int, ...]) -> Any:
         """The model for some branches; converted once, whoever asks first."""
-        import openvino as ov
-
+        ov = _openvino()
         with self._lock:
             if branches not in self._compiled:
                 converted = _converted(self._model, branches)
@@ -148,20 +149,22 @@ class _Core(nn.Module):
 
 
 def _converted(model: TwoBranch, branches: tuple[int, ...]) -> Any:
-    import openvino as ov
-
     x_BCHW = torch.zeros(1, 3, 64, 64).contiguous(memory_format=model.memory_format)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, on sizes that are fixed by design
         logging.getLogger("openvino").setLevel(logging.ERROR)
         traced = torch.jit.freeze(torch.jit.trace(_Core(model, branches).eval(), x_BCHW, check_trace=False))
-        return ov.convert_model(traced, example_input=x_BCHW)
+        return _openvino().convert_model(traced, example_input=x_BCHW)
+
+
+def _openvino() -> Any:
+    """The library, slow to import, and without the part of it that tells its maker of every import and conversion."""
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
+    return importlib.import_module("openvino")
 
 
 def _capabilities() -> list[str]:
-    import openvino as ov
-
-    return cast("list[str]", ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return cast("list[str]", _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +46,18 @@ def test_openvino_says_what_eager_says_at_any_size(trained: Path) -> None:
         for want, got in zip(eager.logits_and_features(images), fast.logits_and_features(images), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
         assert (eager.predict(images).masks == fast.predict(images).masks).mean() > 0.999
+
+
+@needs_openvino
+def test_nobody_is_told_that_openvino_is_used(trained: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from raysal.model.engines import Runtime; from raysal.model.runtime import Predictor\n"
+        f"Predictor.load({str(trained)!r}, runtime=Runtime('openvino', 'float32', 0.9))\n"
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry') and sys.modules[name]]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "intel").exists(), "where it keeps the id that it sends"
 
 
 @needs_openvino
