@@ -28,6 +28,7 @@ TINY: dict = {
     "optim": {"name": "adamw", "lr": 1e-3},
     "train": {"steps": 12, "batch_labeled": 2, "batch_unlabeled": 2, "checkpoint_every": 3, "eval_every": 0, "log_every": 1},
     "loop": {"initial": 3, "per_round": 2, "rounds": 1},
+    "runtime": {"kind": "eager"},  # making another one takes longer than the work
     "compute": {"train_workers": 0, "local_cpus": 8, "score_actors": 2, "threads": 1},
 }
 

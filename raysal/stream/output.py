@@ -206,7 +206,7 @@ class Output:
         if not known:
             return "holds rows of which nobody knows the model"
         name = next((k for k in self.identity if known.get(k) != self.identity[k]), "kind")
-        return f"holds rows of another run ({name.replace('_', ' ')} {str(known.get(name))[:12]}, now {self.identity.get(name, '-')[:12]})"
+        return f"holds rows of another run ({name.replace('_', ' ')} {str(known.get(name))[:16]}, now {self.identity.get(name, '-')[:16]})"
 
 
 def keys(ids: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -18,7 +18,7 @@ import ray
 from PIL import Image
 
 from raysal.archive.tables import read_table
-from raysal.config import Config, build
+from raysal.config import Config, RuntimeConfig, build
 from raysal.datasets.synthetic import write_archive
 from raysal.errors import InputError
 from raysal.images.masks import decode_mask
@@ -36,7 +36,7 @@ MODEL = {"arch": "Unet", "encoder": "resnet18"}
 
 
 def configured(**label: float) -> Config:
-    return build({"model": MODEL, "label": label, "score": {"embedding_dim": 4, "batch_size": 2}})
+    return build({"model": MODEL, "label": label, "score": {"embedding_dim": 4, "batch_size": 2}, "runtime": {"kind": "eager"}})
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,22 @@ def test_no_ray_is_started_and_every_image_has_its_row(place: Path, tmp_path: Pa
     assert label_pool(table, str(place / "checkpoint"), out, configured()).done == 0
     scores = score_pool(table, str(place / "checkpoint"), str(tmp_path / "scores"), configured())
     assert scores.counts["ok"] == IMAGES and read_table(str(tmp_path / "scores"))["entropy"].null_count == 0
+
+
+def test_a_folder_holds_the_rows_of_one_runtime(place: Path, tmp_path: Path) -> None:
+    out, table, model = str(tmp_path / "labels"), images(place), str(place / "checkpoint")
+    half = configured().model_copy(update={"runtime": RuntimeConfig(kind="eager", precision="bfloat16", agreement=0.0)})
+    assert label_pool(table, model, out, configured()).runtime == "eager float32"
+    # The digest of the configuration tells too; `auto` may mean another thing tomorrow under the same digest.
+    identity = json.loads((tmp_path / "labels" / "_RUN.json").read_text())
+    assert identity["runtime"] == "eager float32"
+    with pytest.raises(InputError, match="another run"):
+        label_pool(table, model, out, half)
+    (tmp_path / "labels" / "_RUN.json").write_text(json.dumps(identity | {"runtime": "openvino float32"}))
+    with pytest.raises(InputError, match="runtime openvino float32, now eager float32"):
+        label_pool(table, model, out, configured())
+    assert label_pool(table, model, out, half, replace=True).runtime == "eager bfloat16"
+    assert json.loads((tmp_path / "labels" / "_SUCCESS").read_text())["runtime"] == "eager bfloat16"
 
 
 def test_pixels_that_are_not_sure_enough_abstain_and_the_thresholds_are_told(place: Path, tmp_path: Path) -> None:
