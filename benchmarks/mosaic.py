@@ -3,8 +3,9 @@
     python benchmarks/mosaic.py
     python benchmarks/mosaic.py --checkpoint RUN/rounds/001/checkpoint --images PATH/mars/panoramas
 
-`raysal label` runs in a process of its own over one JPEG mosaic of growing size, and resident memory is sampled. With --checkpoint and
---images, each image is predicted whole and in tiles by that model, and the two masks are compared, near the lines where tiles meet too.
+`raysal label` and `raysal score` run in processes of their own over one JPEG mosaic of growing size, and resident memory is sampled. With
+--checkpoint and --images, each image is predicted whole and in tiles by that model, and the two masks are compared, near the lines where
+tiles meet too.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def mosaic(file: Path, side: int) -> str:
     return str(file)
 
 
-def labelled(checkpoint: str, folder: Path, out: Path) -> tuple[float, float]:
-    """Seconds of `raysal label` on a folder, and its largest resident GB."""
+def measured(verb: str, checkpoint: str, folder: Path, out: Path) -> tuple[float, float]:
+    """Seconds of `raysal label` or `score` on a folder, and its largest resident GB."""
     settings = [f"data.max_pixels={LIMIT}", f"data.max_bytes={LIMIT}"]
-    arguments = ["label", checkpoint, str(folder), "--out", str(out), *(a for s in settings for a in ("--set", s))]
+    arguments = [verb, checkpoint, str(folder), "--out", str(out), *(a for s in settings for a in ("--set", s))]
     started, most = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, "-m", "raysal", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     watched = psutil.Process(process.pid)
@@ -57,7 +58,7 @@ def labelled(checkpoint: str, folder: Path, out: Path) -> tuple[float, float]:
     return time.perf_counter() - started, most / 1e9
 
 
-def seams(predictor: Predictor, image_HWC: np.ndarray) -> tuple[float, float]:
+def seams(predictor: Predictor, image_HWC: np.ndarray) -> tuple[float, float | None]:
     """Shares of pixels whose class differs between the whole image's mask and the tiles': of all, and of those where tiles fade."""
     model = predictor.info.model
     whole = predictor.predict([image_HWC]).masks[0]
@@ -70,7 +71,7 @@ def seams(predictor: Predictor, image_HWC: np.ndarray) -> tuple[float, float]:
         for a, b in pairwise(found):
             near[(slice(None),) * axis + (slice(b.low, a.high),)] = True
     differ = whole != tiled
-    return float(differ.mean()), float(differ[near].mean()) if near.any() else 0.0
+    return float(differ.mean()), float(differ[near].mean()) if near.any() else None
 
 
 def main() -> None:
@@ -79,23 +80,27 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of large images")
     parser.add_argument("--sides", type=int, nargs="+", default=[2_500, 5_000, 10_000, 20_000])
     args = parser.parse_args()
-    sides, claims, lines = [600, 1_200] if args.quick else args.sides, [], []
+    sides, claims, lines = [2_100, 2_500] if args.quick else args.sides, [], []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         checkpoint = untrained(scratch / "checkpoint", 256)
-        found = {}
+        found, scored = {}, {}
         for side in sides:
             folder = scratch / str(side)
             folder.mkdir()
             mosaic(folder / "mosaic.jpg", side)
-            found[side] = labelled(checkpoint, folder, scratch / f"labels{side}")
+            found[side] = measured("label", checkpoint, folder, scratch / f"labels{side}")
+            scored[side] = measured("score", checkpoint, folder, scratch / f"scores{side}")
             (folder / "mosaic.jpg").unlink()
     (first, (_, least)), (last, (_, most)) = next(iter(found.items())), list(found.items())[-1]
     claims.append(Claim(f"resident memory of labelling one image of {last:,} x {last:,} px", most, None, "lower", "GB"))
     grown = (most - least) * 1e9 / (last**2 - first**2)
     claims.append(Claim(f"bytes of memory for each pixel more, {first:,} to {last:,} px a side", grown, None, "lower", "B"))
-    lines += [f"{ENCODER}, at full resolution.", "", "| side, px | s | Mpx/s | GB |", "|---|---|---|---|"]
-    lines += [f"| {side:,} | {s:.0f} | {side**2 / s / 1e6:.2f} | {gb:.2f} |" for side, (s, gb) in found.items()]
+    lines += [f"{ENCODER}, at full resolution.", "", "| side, px | label: s | Mpx/s | GB | score: s | GB |", "|---|---|---|---|---|---|"]
+    for side, (seconds, gb) in found.items():
+        lines.append(
+            f"| {side:,} | {seconds:.0f} | {side**2 / seconds / 1e6:.2f} | {gb:.2f} | {scored[side][0]:.0f} | {scored[side][1]:.2f} |"
+        )
     if args.checkpoint and args.images:
         predictor = Predictor.load(args.checkpoint)
         lines += ["", "| image | size | differs | where tiles fade |", "|---|---|---|---|"]
@@ -105,9 +110,11 @@ def main() -> None:
                 continue
             image = decode_image(file.read_bytes(), LIMIT, file.name)
             shares.append(seams(predictor, image))
-            lines.append(f"| {file.name} | {image.shape[1]} x {image.shape[0]} | {shares[-1][0]:.4f} | {shares[-1][1]:.4f} |")
-        for what, values in zip(("of all pixels", "of pixels where tiles fade"), zip(*shares, strict=True), strict=True):
-            said = f"share {what} whose class the tiles change, mean of {len(shares)} images"
+            fade = "-" if shares[-1][1] is None else f"{shares[-1][1]:.4f}"
+            lines.append(f"| {file.name} | {image.shape[1]} x {image.shape[0]} | {shares[-1][0]:.4f} | {fade} |")
+        for k, what in enumerate(("of all pixels", "of pixels where tiles fade")):
+            values = [share[k] for share in shares if share[k] is not None]
+            said = f"share {what} whose class the tiles change, mean of {len(values)} images"
             claims.append(Claim(said, float(np.mean(values)), None, "lower", ""))
     places = {"CHECKPOINT": args.checkpoint, "IMAGES": args.images} if args.checkpoint and args.images else {}
     write("mosaic", "Large images in tiles", claims, args.out, "\n".join(lines), places)

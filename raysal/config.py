@@ -196,12 +196,12 @@ class ScoreConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How the network runs when it scores, labels, is measured or serves. Training is `train.precision`'s and `model.compile`'s."""
+    """How the network runs when it scores, labels or is evaluated; in training and its own measurements it is eager PyTorch."""
 
     # auto: OpenVINO on CPUs where it is installed, else eager PyTorch. compile: torch.compile, a minute's start for long runs on GPUs.
     kind: Literal["auto", "eager", "compile", "openvino"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware computes in it, else float32
-    agreement: Fraction = 0.98  # share of pixels that must get the class that eager float32 gives them, or the runtime is refused
+    agreement: Fraction = 0.95  # share of pixels that must get the class that eager float32 gives them, or the runtime is refused
 
 
 class LabelConfig(Section):

@@ -90,7 +90,7 @@ def write(folder: Path, schema: pa.Schema, kind: str, time: str, rows: list[dict
         write_table(str(folder / shard_name(table["id"].to_pylist(), token)), table)
     if finished:
         held = output.held()
-        summary = Summary(len(rows), len(rows), 0, held.counts(), MODEL, "cd34" * 16, 12.5, len(rows) / 12.5, 25.0)
+        summary = Summary(len(rows), len(rows), 0, held.counts(), MODEL, "cd34" * 16, "eager float32", 12.5, len(rows) / 12.5, 25.0)
         output.commit(summary.to_dict(), held)
 
 

@@ -20,6 +20,8 @@ FORMATS = tuple(p.format for p in (JpegImagePlugin.JpegImageFile, PngImagePlugin
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\x00", b"MM\x00*")
 """How JPEG, PNG and TIFF files begin: no label beside them is asked for."""
 
+Image.MAX_IMAGE_PIXELS = None  # pillow's own limit comes before ours, which every image meets before it is decoded, and can't be raised
+
 MAX_BANDS = 4
 """Of a product, where nobody says otherwise."""
 

@@ -6,7 +6,6 @@ Any of them may round as it likes, so each is held against eager float32 when it
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import sys
 import threading
@@ -27,7 +26,10 @@ Engine = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, ...]]
 """Computes `TwoBranch.core`."""
 
 CHECKED_HW = (160, 224)
-"""Size of the images that an engine is checked on."""
+"""Size of the images that an engine is made and checked with."""
+
+ATTENTION = ("vit", "swin", "mit_", "pvt", "beit", "deit", "dino", "eva", "former", "coat", "cait", "xcit", "hiera", "sam")
+"""In names of encoders whose trace may hold for images of one size alone."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Runtime:
     def __str__(self) -> str:
         return f"{self.kind} {self.precision}"
 
+    @classmethod
+    def of(cls, text: str) -> Runtime:
+        """From what `str` made of one."""
+        kind, precision = text.split()
+        return cls(cast(Any, kind), cast(Any, precision))
+
 
 EAGER = Runtime()
 
@@ -51,25 +59,28 @@ def settle(cfg: RuntimeConfig, model: ModelConfig, device: str) -> Runtime:
     Raises:
         ConfigError: OpenVINO is asked for and not installed, or asked to run on a GPU.
     """
-    cpu = not device.startswith("cuda")
-    have = importlib.util.find_spec("openvino") is not None
-    kind = cfg.kind
+    cpu, kind, precision = not device.startswith("cuda"), cfg.kind, cfg.precision
     if kind == "auto":
-        # A vision transformer's trace holds for images of one size.
-        kind = "openvino" if cpu and have and model.arch.lower() != "dpt" else "eager"
-    if kind == "openvino" and not have:
-        raise ConfigError("runtime.kind=openvino, but OpenVINO is not installed; pip install 'raysal[openvino]', or set runtime.kind=auto")
+        kind = "openvino" if cpu and not any(word in model.encoder for word in ATTENTION) and _capabilities() is not None else "eager"
     if kind == "openvino" and not cpu:
         raise ConfigError("runtime.kind=openvino runs on CPUs; set compute.use_gpu=false, or runtime.kind=eager")
-    precision = cfg.precision
-    if precision == "auto":
-        native = "BF16" in _capabilities() if kind == "openvino" else not cpu and torch.cuda.is_bf16_supported()
-        precision = "bfloat16" if native else "float32"
+    if kind == "openvino" and _capabilities() is None:
+        raise ConfigError("runtime.kind=openvino, but OpenVINO is not installed; pip install 'raysal[openvino]', or set runtime.kind=auto")
+    if precision == "auto" and kind == "openvino":
+        precision = "bfloat16" if "BF16" in (_capabilities() or ()) else "float32"
+    elif precision == "auto":  # a driver without a GPU can't ask those of its cluster; most compute in bfloat16
+        precision = "float32" if cpu or (torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)) else "bfloat16"
     return Runtime(kind, precision, cfg.agreement)
 
 
-def build(model: TwoBranch, runtime: Runtime, device: torch.device) -> Engine:
+def build(model: TwoBranch, runtime: Runtime, device: torch.device, answers: tuple[int, ...] = (0, 1)) -> Engine:
     """An engine for a model in eval mode on its device; calls may come from several threads, each on one.
+
+    Args:
+        model: Already placed.
+        runtime: What to make.
+        device: The model's.
+        answers: The branches that masks come from; they are checked, beside both.
 
     Raises:
         CheckpointError: It can't be made, or what it computes differs from eager float32.
@@ -80,13 +91,13 @@ def build(model: TwoBranch, runtime: Runtime, device: torch.device) -> Engine:
         if runtime.kind == "openvino":
             engine: Engine = _OpenVino(model, runtime.precision)
         else:
-            run = torch.compile(model.core) if runtime.kind == "compile" else model.core
+            run = torch.compile(model.core, dynamic=True) if runtime.kind == "compile" else model.core
             engine = _autocast(run, device) if runtime.precision == "bfloat16" else run
-        same = _agreement(engine, model, device)
+        same = min(_agreement(engine, model, device, branches) for branches in {(0, 1), answers})
     except Exception as error:  # converters raise all sorts over what they don't know
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"runtime {runtime} can't run this network ({type(error).__name__}: {said}); set runtime.kind=eager"
+            f"runtime {runtime} can't run this network here ({type(error).__name__}: {said}); set runtime.kind=eager"
         ) from error
     if same < runtime.agreement:
         raise CheckpointError(
@@ -105,7 +116,7 @@ def _autocast(run: Engine, device: torch.device) -> Engine:
 
 
 class _OpenVino:
-    """OpenVINO on the CPU, for images of any size. It is given the threads that the process has when it is first called."""
+    """OpenVINO on the CPU, for images of any size, with as many threads as PyTorch has when it is made."""
 
     def __init__(self, model: TwoBranch, precision: str) -> None:
         self._model, self._precision, self._threads = model, precision, torch.get_num_threads()
@@ -118,7 +129,7 @@ class _OpenVino:
         if name not in requests:
             requests[name] = self._compile(branches).create_infer_request()
         found = requests[name].infer({0: x_BCHW.contiguous().numpy()}, share_inputs=True)
-        return tuple(torch.from_numpy(found[k].copy()) for k in range(len(branches) + 1))
+        return tuple(torch.from_numpy(found[k]) for k in range(len(branches) + 1))
 
     def _compile(self, branches: tuple[int, ...]) -> Any:
         """The model for some branches; converted once, whoever asks first."""
@@ -133,7 +144,10 @@ class _OpenVino:
                     "NUM_STREAMS": self._threads,  # as many images at once, each on one thread
                     "ENABLE_CPU_PINNING": False,  # several actors share a machine: pinned, they would share its first cores
                 }
-                self._compiled[branches] = ov.Core().compile_model(converted, "CPU", settings)
+                compiled = ov.Core().compile_model(converted, "CPU", settings)
+                if (got := compiled.get_property("INFERENCE_PRECISION_HINT").to_string()) != settings["INFERENCE_PRECISION_HINT"]:
+                    raise RuntimeError(f"this CPU computes in {got}, not in {self._precision}")  # it would do so without a word
+                self._compiled[branches] = compiled
             return self._compiled[branches]
 
 
@@ -149,7 +163,7 @@ class _Core(nn.Module):
 
 
 def _converted(model: TwoBranch, branches: tuple[int, ...]) -> Any:
-    x_BCHW = torch.zeros(1, 3, 64, 64).contiguous(memory_format=model.memory_format)
+    x_BCHW = model.ready(_landscape(0))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, on sizes that are fixed by design
         logging.getLogger("openvino").setLevel(logging.ERROR)
@@ -163,17 +177,21 @@ def _openvino() -> Any:
     return importlib.import_module("openvino")
 
 
-def _capabilities() -> list[str]:
-    return cast("list[str]", _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+def _capabilities() -> list[str] | None:
+    """What OpenVINO can do on this CPU; None where it can't be used."""
+    try:
+        return cast("list[str]", _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    except ImportError:
+        return None
 
 
 @torch.no_grad()
-def _agreement(engine: Engine, model: TwoBranch, device: torch.device) -> float:
+def _agreement(engine: Engine, model: TwoBranch, device: torch.device, branches: tuple[int, ...]) -> float:
     """Least share, over a few images, of pixels that get the class that eager float32 gives; 1 for a network that gives no numbers."""
     same = 1.0
     for seed in range(3):
         x_BCHW = model.ready(_landscape(seed).to(device))
-        want, got = (_classes(run(x_BCHW, (0, 1))) for run in (model.core, engine))
+        want, got = (_classes(run(x_BCHW, branches)) for run in (model.core, engine))
         if want is not None:  # else its rows will say so
             same = min(same, 0.0 if got is None else (want == got).float().mean().item())
     return same

@@ -23,8 +23,8 @@ from raysal.model.network import Encoded, Resolution, TwoBranch, dropouts, place
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-TILES_AT_ONCE = 8
-"""Of an accelerator."""
+PIXELS_AT_ONCE = 8 * 2**20
+"""Of tiles that go through an accelerator together."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Predictor:
         self.info, self.device, self.digest = info, torch.device(device), digest
         self.model = place(model, info.model, self.device).eval()
         self._threads = _OneThreadEach() if self.device.type == "cpu" else None
-        self._engine = engines.build(self.model, runtime, self.device)
+        self._engine = engines.build(self.model, runtime, self.device, self._answers)
 
     @classmethod
     def load(cls, uri: str, device: torch.device | str = "cpu", runtime: engines.Runtime = engines.EAGER) -> Predictor:
@@ -181,6 +181,7 @@ class Predictor:
         Raises:
             ValueError: As in `predict`.
         """
+        to_batch(images[:1])  # refuses what is no image
         size_HW = (images[0].shape[0], images[0].shape[1])
         if (grid := self.grid(size_HW)) is not None:
             return (self._blended(image, grid) for image in images)
@@ -209,7 +210,12 @@ class Predictor:
     @property
     def at_once(self) -> int:
         """Tiles that go through the network together."""
-        return torch.get_num_threads() if self._threads is not None else TILES_AT_ONCE
+        return torch.get_num_threads() if self._threads is not None else max(1, PIXELS_AT_ONCE // self.info.model.tile_px**2)
+
+    @property
+    def _answers(self) -> tuple[int, ...]:
+        """The branches that a mask comes from."""
+        return (0, 1) if self.info.predict == "mean" else (0,)
 
     def _run(self, x_BCHW: Tensor, branches: tuple[int, ...], resolution: Resolution = "full") -> tuple[Tensor, ...]:
         """Logits of some branches and the embeddings, of images that are scaled already."""
@@ -229,7 +235,7 @@ class Predictor:
 
     def _voters(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Logits of the branches that a prediction is the mean of."""
-        return self._run(x_BCHW, (0, 1) if self.info.predict == "mean" else (0,))[:-1]
+        return self._run(x_BCHW, self._answers)[:-1]
 
     def _scaled(self, images_BCHW: Tensor) -> Tensor:
         return scale_images(images_BCHW, self.info.input_scale)

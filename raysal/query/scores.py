@@ -232,18 +232,22 @@ def aggregate(map_BHW: Tensor, weight_BHW: Tensor, how: str = "mean", q: float =
     if how == "mean":
         return (a_BN * w_BN).sum(1) / n_B.clamp_min(EMPTY)
     if how == "top_q":
-        k_B = torch.minimum((n_B * q).ceil().clamp_min(1), n_B)
-        descending_BN, order_BN = a_BN.masked_fill(w_BN == 0, -math.inf).sort(1, descending=True)
-        w_BN = w_BN.gather(1, order_BN)
-        top_BN = (k_B[:, None] - (w_BN.cumsum(1) - w_BN)).clamp_min(0).minimum(w_BN)  # what of each pixel is among the highest k
-        return (top_BN * descending_BN.nan_to_num(neginf=0.0)).sum(1) / k_B.clamp_min(EMPTY)
+        return _mean_of_top(a_BN.masked_fill(w_BN == 0, -math.inf), w_BN, n_B, q)
     raise ConfigError(f"score.aggregate: unknown {how!r}; valid: mean, sum, top_q")
 
 
 def class_fractions(z1_BChw: Tensor, z2_BChw: Tensor, valid_BHW: Tensor) -> np.ndarray:
     """Share of the valid pixels that the mean prediction gives to each class: float64 [B, C]; all 0 without valid pixels."""
-    named_BC = _named(Branches(z1_BChw, z2_BChw).logpm, valid_at(valid_BHW, _size(z1_BChw)))
-    return (named_BC / named_BC.sum(1, keepdim=True).clamp_min(EMPTY)).cpu().numpy()
+    return _shares(_named(Branches(z1_BChw, z2_BChw).logpm, valid_at(valid_BHW, _size(z1_BChw)))).cpu().numpy()
+
+
+def _mean_of_top(a_BN: Tensor, w_BN: Tensor, n_B: Tensor, q: float) -> Tensor:
+    """Mean of the highest values whose weights make up the share q of n, or 1; pixels that do not count are -inf."""
+    k_B = torch.minimum((n_B * q).ceil().clamp_min(1), n_B)
+    descending_BN, order_BN = a_BN.sort(1, descending=True)
+    w_BN = w_BN.gather(1, order_BN)
+    top_BN = (k_B[:, None] - (w_BN.cumsum(1) - w_BN)).clamp_min(0).minimum(w_BN)  # what of each pixel is among the highest k
+    return (top_BN * descending_BN.nan_to_num(nan=math.nan, neginf=0.0)).sum(1) / k_B.clamp_min(EMPTY)
 
 
 @dataclass(frozen=True)
@@ -269,8 +273,14 @@ def score_images(
     class_bonus_C: Sequence[float] | np.ndarray | Tensor | None = None,
     bald_Bhw: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
-    """One float an image and score, of images that went through the network whole. Arguments and errors as `measure`, returns as `join`."""
-    return join([measure(z1_BChw, z2_BChw, valid_BHW, cfg, class_bonus_C, bald_Bhw)], cfg)
+    """One float an image and score, of images that went through the network whole. Arguments and errors as `measure`.
+
+    Returns:
+        float64 [B] by score name, and ``class_fractions`` float64 [B, C].
+    """
+    found = measure(z1_BChw, z2_BChw, valid_BHW, cfg, class_bonus_C, bald_Bhw)
+    scores = {name: aggregate(a_Bn, found.weight_Bn, cfg.aggregate, cfg.top_q) for name, a_Bn in found.maps.items()}
+    return {name: value.cpu().numpy() for name, value in (scores | {"class_fractions": _shares(found.named_BC)}).items()}
 
 
 def measure(
@@ -312,25 +322,58 @@ def measure(
     weight_Bhw = valid_Bhw.float()
     if share_BHW is not None:
         weight_Bhw = weight_Bhw * functional.interpolate(share_BHW[:, None], size=_size(z1_BChw), mode="area")[:, 0]
-    named_BC = _named(Branches(z1_BChw, z2_BChw).logpm, weight_Bhw)  # what the mask will show, whatever the temperature
+    plain = branches if cfg.temperature == 1 else Branches(z1_BChw, z2_BChw)
+    named_BC = _named(plain.logpm, weight_Bhw)  # what the mask will show, whatever the temperature
     return Measured({name: pixel_maps[name].flatten(1) for name in names}, weight_Bhw.flatten(1), named_BC)
 
 
-def join(parts: Sequence[Measured], cfg: ScoreConfig) -> dict[str, np.ndarray]:
-    """Scores of images from their parts: of whole images the one part, of tiles all.
+class TileScores:
+    """Scores of one image from its tiles, as `score_images` gives them, tile by tile.
 
-    Returns:
-        float64 [B] by score name, and ``class_fractions`` float64 [B, C].
+    Sums are float64 and in the order of the tiles, so that they do not depend on how many are measured at once. Memory does not grow with
+    the image, but for ``top_q``, which keeps about that share of its pixels.
 
-    Raises:
-        ConfigError: cfg.aggregate is unknown.
+    Args:
+        cfg: As in `measure`.
+        tiles: How many there will be.
     """
-    weight_Bn, named_BC = torch.cat([p.weight_Bn for p in parts], dim=1), torch.stack([p.named_BC for p in parts]).sum(0)
-    out = {
-        name: aggregate(torch.cat([p.maps[name] for p in parts], dim=1), weight_Bn, cfg.aggregate, cfg.top_q).cpu().numpy()
-        for name in parts[0].maps
-    }
-    return {**out, "class_fractions": (named_BC / named_BC.sum(1, keepdim=True).clamp_min(EMPTY)).cpu().numpy()}
+
+    def __init__(self, cfg: ScoreConfig, tiles: int) -> None:
+        self.cfg, self.tiles = cfg, tiles
+        self._n: Tensor | float = 0.0
+        self._named_C: Tensor | float = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._top: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, tiles: Measured) -> None:
+        """Adds some tiles of the image."""
+        for k, w_n in enumerate(tiles.weight_Bn.double()):
+            self._n, self._named_C = self._n + w_n.sum(), self._named_C + tiles.named_BC[k]
+            for name, a_Bn in tiles.maps.items():
+                a_n = a_Bn[k].double()
+                if self.cfg.aggregate == "top_q":
+                    self._keep(name, a_n[w_n > 0], w_n[w_n > 0], len(a_n))
+                else:
+                    self._sums[name] = self._sums.get(name, torch.zeros_like(a_n[0])) + (a_n * w_n).sum()
+
+    def _keep(self, name: str, a_n: Tensor, w_n: Tensor, cells: int) -> None:
+        """Keeps the highest values that can be among the top q of the whole image, however its other tiles turn out."""
+        old_a, old_w = self._top.get(name, (a_n[:0], w_n[:0]))
+        a_n, order_n = torch.cat([old_a, a_n]).sort(descending=True)
+        w_n = torch.cat([old_w, w_n])[order_n]
+        before_n = w_n.cumsum(0) - w_n
+        needed_n = before_n <= max(1.0, math.ceil(self.cfg.top_q * self.tiles * cells))
+        self._top[name] = a_n[needed_n], w_n[needed_n]
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """float64 [1] by score name, and ``class_fractions`` float64 [1, C]."""
+        n_B, found = torch.as_tensor(self._n).reshape(1), {}
+        for name, total in self._sums.items():
+            found[name] = (total / (n_B.clamp_min(EMPTY) if self.cfg.aggregate == "mean" else 1.0)).reshape(1)
+        for name, (a_n, w_n) in self._top.items():
+            found[name] = _mean_of_top(a_n[None], w_n[None], n_B, self.cfg.top_q)
+        found["class_fractions"] = _shares(torch.as_tensor(self._named_C)[None])
+        return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def rarity_bonus(images_C: np.ndarray) -> np.ndarray:
@@ -341,6 +384,10 @@ def rarity_bonus(images_C: np.ndarray) -> np.ndarray:
 def score_columns(cfg: ScoreConfig, strategy: str) -> tuple[str, ...]:
     """The columns that a scoring run writes: those asked for, then those that the strategy needs. Raises ConfigError."""
     return check_names((*cfg.scores, *needed_columns(strategy)))
+
+
+def _shares(named_BC: Tensor) -> Tensor:
+    return named_BC / named_BC.sum(1, keepdim=True).clamp_min(EMPTY)
 
 
 def _named(logpm_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:

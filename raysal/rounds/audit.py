@@ -10,16 +10,14 @@ import numpy as np
 import torch
 
 from raysal.archive.tables import read_table
-from raysal.config import RuntimeConfig
 from raysal.datasets.base import Dataset, Item
 from raysal.errors import DataError, ImageError, InputError
 from raysal.labels import IGNORE
 from raysal.model.audit import estimate
-from raysal.model.checkpoint import read_info
-from raysal.model.engines import settle
 from raysal.model.metrics import Calibration, ClassReliability, confusion
 from raysal.model.runtime import Predictor
 from raysal.query.rank import hash01
+from raysal.stream.output import made_by
 
 COLUMNS = ["id", "status", "width", "height", "abstained", "class_fractions", "model_digest"]
 
@@ -33,7 +31,6 @@ def audit(
     images: int,
     seed: int,
     device: str = "cpu",
-    runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008  frozen
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Estimates the quality of masks on images that were not learnt from.
@@ -47,7 +44,6 @@ def audit(
         images: How many to draw; all where there are fewer.
         seed: Of the draw and the intervals.
         device: Where the model runs.
-        runtime: What computes it, as it did for the masks.
         on_progress: Called as on_progress(done, total) after each image.
 
     Returns:
@@ -59,7 +55,7 @@ def audit(
         InputError: The masks are another model's, no image can be drawn, or `learnt` names fewer images than the model learnt from.
         DataError: Drawn images have no mask yet, or one can't be used.
     """
-    predictor = Predictor.load(checkpoint, device, settle(runtime, read_info(checkpoint).model, device))
+    predictor = Predictor.load(checkpoint, device, made_by(labels))  # by what made the masks, whatever is at hand now
     if (told := predictor.info.parents.get("labels") or 0) > len(learnt):
         raise InputError(f"{checkpoint} learnt from {told} labels, {len(learnt)} are named here; name all of them (--learnt)")
     ok, chosen = draw(labels, predictor.digest, items, learnt, images, seed)

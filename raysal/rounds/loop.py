@@ -305,8 +305,7 @@ class _Loop:
         def work(_: str) -> dict:
             device = "cuda" if self.cfg.compute.use_gpu and torch.cuda.is_available() else "cpu"  # the driver may have none
             progress = lambda done, total: self.watcher.on_progress(done, total, {})  # noqa: E731
-            cfg, where = self.cfg, (outcome.checkpoint, outcome.labels)
-            found = audit(*where, self.dataset, self.pool, learnt, images, cfg.seed, device, cfg.runtime, progress)
+            found = audit(outcome.checkpoint, outcome.labels, self.dataset, self.pool, learnt, images, self.cfg.seed, device, progress)
             write_json(join(self.ledger.run, "audit.json"), found)
             trust = join(outcome.labels, TRUST)
             write_json(trust, read_json(trust) | {"audit": found})

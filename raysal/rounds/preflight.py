@@ -11,6 +11,7 @@ from raysal.archive.uris import is_local
 from raysal.config import Config
 from raysal.datasets.base import Dataset, Item
 from raysal.errors import ConfigError, DataError, ResourceError
+from raysal.model.engines import settle
 from raysal.model.network import TwoBranch, dropouts
 from raysal.query.scores import score_columns
 from raysal.query.select import room
@@ -40,6 +41,7 @@ def preflight_rounds(cfg: Config, pool: Sequence[Item], model: TwoBranch) -> Non
         InputError: Of the kind that fits, with what to change.
     """
     cluster.score_actors(cfg.compute)
+    settle(cfg.runtime, cfg.model, "cuda" if cfg.compute.use_gpu else "cpu")
     if "bald" in score_columns(cfg.score, cfg.query.strategy) and not dropouts(model):
         raise ConfigError(
             f"bald needs dropout, but {cfg.model.arch} has none: all its scores would be 0; set model.dropout=0.2 or take another strategy"

@@ -132,8 +132,7 @@ def audit_labels(
         names = {item.id: item.name for item in items}
         write_bytes(ask, "".join(f"{names[i]}\n" for i in chosen).encode())
         return {"ask": ask, "images": chosen}
-    progress = lambda done, total: on_progress(done, total, {})  # noqa: E731
-    return audit(checkpoint_uri, labels, dataset, items, ids, images, cfg.seed, device, cfg.runtime, progress)
+    return audit(checkpoint_uri, labels, dataset, items, ids, images, cfg.seed, device, lambda done, total: on_progress(done, total, {}))
 
 
 def query_scores(scores: str, cfg: Config, budget: int, out: str, labeled: Sequence[str], manifest: str | None) -> list[dict]:

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from raysal.archive.tables import TIME, read_table, write_table
 from raysal.archive.uris import exists, join, list_names, read_bytes, remove_tree, write_bytes
 from raysal.errors import InputError
+from raysal.model.engines import EAGER, Runtime
 from raysal.stream.worker import RUN, STATUSES, shard_name
 
 SUCCESS = "_SUCCESS"
@@ -52,6 +53,12 @@ READERS = 16
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """key, status, time and shard of `Held`."""
+
+
+def made_by(uri: str) -> Runtime:
+    """What computed the rows of a folder; eager float32 where it does not say, as for a table from elsewhere."""
+    about = join(uri, RUN)
+    return Runtime.of(json.loads(read_bytes(about)).get("runtime", str(EAGER))) if exists(about) else EAGER
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from raysal.errors import ConfigError, InputError
 from raysal.images.tiles import Grid
 from raysal.model.checkpoint import read_info
 from raysal.model.runtime import batches
-from raysal.query.scores import Bald, Measured, join, measure, score_columns
+from raysal.query.scores import Bald, TileScores, measure, score_columns, score_images
 from raysal.stream.forecast import Forecast, forecast
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
@@ -107,13 +107,14 @@ class ScoreImages(PoolWorker):
         cfg = self.cfg.score
         grid = self.predictor.grid(pictures[0].shape_HW)
         if grid is None:
-            names = [p.source.id for p in pictures]
-            measured, features = self._measured(names, [p.image_HWC for p in pictures], [p.valid_HW for p in pictures])
-            found = join([measured], cfg)
+            images, valid_BHW = [p.image_HWC for p in pictures], torch.from_numpy(np.stack([p.valid_HW for p in pictures]))
+            z1, z2, features = self.predictor.logits_and_features(images, cfg.resolution)
+            bald = self._bald([p.source.id for p in pictures], images) if "bald" in cfg.scores else None
+            found = score_images(z1, z2, valid_BHW.to(z1.device), cfg, self.task.class_bonus, bald)
         else:
-            parts, features = zip(*(self._in_tiles(p, grid) for p in pictures), strict=True)
-            found = {name: np.concatenate(values) for name, *values in ((n, *(p[n] for p in parts)) for n in parts[0])}
-            features = torch.cat(features)
+            parts = [self._in_tiles(p, grid) for p in pictures]
+            found = {name: np.concatenate([scores[name] for scores, _ in parts]) for name in parts[0][0]}
+            features = torch.cat([features_1D for _, features_1D in parts])
         fractions = found.pop("class_fractions").astype(np.float32)
         embeddings = embed(features, cfg.embedding_dim)
         rows = []
@@ -128,28 +129,20 @@ class ScoreImages(PoolWorker):
         return rows
 
     def _in_tiles(self, picture: Picture, grid: Grid) -> tuple[dict[str, np.ndarray], Tensor]:
-        """Scores of one image by the rules of `join`, and its embedding: the mean of its tiles', by the share of valid pixels in each."""
-        parts: list[Measured] = []
-        total_1D = torch.zeros(())
-        for tiles in batches(enumerate(grid.tiles()), self.predictor.at_once):
-            names = [f"{picture.source.id}/{k}" for k, _ in tiles]
-            images, valid = [tile.of(picture.image_HWC) for _, tile in tiles], [tile.of(picture.valid_HW) for _, tile in tiles]
-            measured, features_BD = self._measured(names, images, valid, [tile.weight_HW for _, tile in tiles])
-            maps = {name: value.reshape(1, -1) for name, value in measured.maps.items()}
-            parts.append(Measured(maps, measured.weight_Bn.reshape(1, -1), measured.named_BC.sum(0, keepdim=True)))
-            total_1D = total_1D + (features_BD * measured.weight_Bn.sum(1, keepdim=True)).sum(0, keepdim=True)
-        return join(parts, self.cfg.score), functional.normalize(total_1D, dim=1)
-
-    def _measured(
-        self, names: Sequence[str], images: Sequence[np.ndarray], valid: Sequence[np.ndarray], share: Sequence[np.ndarray] | None = None
-    ) -> tuple[Measured, Tensor]:
-        """Pixel maps and features [B, D] of images or tiles of one size; `names` decide the draws of dropout."""
+        """Scores of one image, and its embedding [1, D]: the mean of its tiles', by what of each is valid and theirs."""
         cfg = self.cfg.score
-        z1, z2, features_BD = self.predictor.logits_and_features(images, cfg.resolution)
-        valid_BHW = torch.from_numpy(np.stack(valid)).to(z1.device)
-        share_BHW = None if share is None else torch.from_numpy(np.stack(share)).to(z1.device)
-        bald = self._bald(names, images) if "bald" in cfg.scores else None
-        return measure(z1, z2, valid_BHW, cfg, self.task.class_bonus, bald, share_BHW), features_BD
+        scores, total_D = TileScores(cfg, len(grid.rows) * len(grid.cols)), torch.zeros((), dtype=torch.float64)
+        for tiles in batches(enumerate(grid.tiles()), self.predictor.at_once):
+            images = [tile.of(picture.image_HWC) for _, tile in tiles]
+            z1, z2, features_BD = self.predictor.logits_and_features(images, cfg.resolution)
+            valid_BHW = torch.from_numpy(np.stack([tile.of(picture.valid_HW) for _, tile in tiles])).to(z1.device)
+            share_BHW = torch.from_numpy(np.stack([tile.weight_HW for _, tile in tiles])).to(z1.device)
+            bald = self._bald([f"{picture.source.id}/{k}" for k, _ in tiles], images) if "bald" in cfg.scores else None
+            measured = measure(z1, z2, valid_BHW, cfg, self.task.class_bonus, bald, share_BHW)
+            scores.add(measured)
+            for features_D, counts in zip(features_BD.double().cpu(), measured.weight_Bn.sum(1).double().cpu(), strict=True):
+                total_D = total_D + features_D * counts
+        return scores.scores(), functional.normalize(total_D[None].float(), dim=1)
 
     def _bald(self, names: Sequence[str], images: Sequence[np.ndarray]) -> Tensor:
         """The map of `Bald`; draws follow (seed, image id, pass), so that no shard, order or batch changes them."""

@@ -43,7 +43,7 @@ READERS = 8
 FORWARD_PIXELS = 8 * 2**20
 """Pixels of one forward pass at most, whatever the batch size; a larger image goes alone."""
 
-AHEAD_PIXELS, AHEAD_BYTES = 16 * 2**20, 64 * 2**20
+AHEAD_PIXELS, AHEAD_BYTES = 24 * 2**20, 64 * 2**20
 """Largest image and file that threads read ahead of the network; a larger one is read when its turn comes, so that one is in memory."""
 
 HELD_BATCHES = 4
@@ -217,8 +217,9 @@ class PoolWorker:
             done.update(zip(places, self._run(pictures), strict=True))
 
         for place, picture in enumerate(self._read_ahead(sources)):
-            if isinstance(picture, ImageError) and picture.status == "limit":  # perhaps too large to be read ahead only
-                picture = self._read(sources[place])
+            if picture is None:
+                picture = self._read(sources[place], math.inf, math.inf)
+            assert picture is not None
             if isinstance(picture, ImageError):
                 done[place] = failed(sources[place], picture.status, picture)
                 continue
@@ -257,9 +258,9 @@ class PoolWorker:
     def _batch(self, shape_HW: tuple[int, int]) -> int:
         return max(1, min(self.cfg.score.batch_size, FORWARD_PIXELS // (shape_HW[0] * shape_HW[1])))
 
-    def _read_ahead(self, sources: Iterable[Source]) -> Iterator[Picture | ImageError]:
+    def _read_ahead(self, sources: Iterable[Source]) -> Iterator[Picture | ImageError | None]:
         """Images in order, read by threads that stay at most two batches ahead: memory holds for blocks of any length."""
-        ahead: deque[Future[Picture | ImageError]] = deque()
+        ahead: deque[Future[Picture | ImageError | None]] = deque()
         for source in sources:
             ahead.append(self._readers.submit(self._read, source, AHEAD_PIXELS, AHEAD_BYTES))
             if len(ahead) > 2 * self.cfg.score.batch_size:
@@ -267,7 +268,8 @@ class PoolWorker:
         while ahead:
             yield ahead.popleft().result()
 
-    def _read(self, source: Source, most_pixels: float = math.inf, most_bytes: float = math.inf) -> Picture | ImageError:
+    def _read(self, source: Source, most_pixels: float, most_bytes: float) -> Picture | ImageError | None:
+        """The image, or what is wrong with it; None where it is too large only for what is read ahead."""
         data = self.cfg.data
         max_pixels, max_bytes = int(min(data.max_pixels, most_pixels)), int(min(data.max_bytes, most_bytes))
         try:
@@ -276,7 +278,8 @@ class PoolWorker:
             found = decode(encoded, max_pixels, source.uri, label, data.max_bands, data.black_border)
             valid_HW = found.valid_HW & read_valid(source.exclude, found.valid_HW.shape, max_bytes, max_pixels)
         except ImageError as error:
-            return error
+            narrowed = most_pixels < data.max_pixels or most_bytes < data.max_bytes
+            return None if error.status == "limit" and narrowed else error
         except Exception as error:  # nothing that an image holds may stop the run
             return ImageError("decode", f"{source.uri}: {type(error).__name__}: {error}")
         return Picture(source, found.image_HWC, valid_HW, hashlib.sha256(encoded).hexdigest())

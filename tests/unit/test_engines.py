@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_openvino_gives_the_same_bytes_in_any_batch_and_from_any_thread(trained:
 def test_openvino_runs_one_branch_where_one_predicts(trained: Path) -> None:
     eager, fast = Predictor.load(str(trained)), Predictor.load(str(trained), runtime=OPENVINO)
     for predictor in (eager, fast):
-        object.__setattr__(predictor.info, "predict", "branch1")
+        predictor.info = replace(predictor.info, predict="branch1")
     np.testing.assert_allclose(fast.predict(scenes(64)).probabilities, eager.predict(scenes(64)).probabilities, atol=1e-4)
 
 
@@ -111,24 +112,40 @@ def test_an_engine_that_says_something_else_is_refused(trained: Path, monkeypatc
 
     for engine, said in (
         (Wrong, "gives only 0.0%"),
-        (Broken, r"can't run this network \(RuntimeError: no such operation\); set runtime.kind"),
+        (Broken, r"can't run this network here \(RuntimeError: no such operation\); set runtime.kind"),
     ):
         monkeypatch.setattr(engines, "_OpenVino", engine)
         with pytest.raises(CheckpointError, match=said):
             Predictor.load(str(trained), runtime=OPENVINO)
 
 
+@needs_openvino
+def test_a_precision_that_the_processor_lacks_is_refused_not_replaced(trained: Path) -> None:
+    if "BF16" in (engines._capabilities() or ()):
+        pytest.skip("this processor computes in bfloat16")
+    with pytest.raises(CheckpointError, match="computes in f32, not in bfloat16"):
+        Predictor.load(str(trained), runtime=Runtime("openvino", "bfloat16", 0.9))
+
+
+def test_a_runtime_is_what_its_name_says() -> None:
+    assert Runtime.of(str(Runtime("compile", "bfloat16", 0.5))) == Runtime("compile", "bfloat16")
+
+
+def absent() -> None:
+    raise ImportError("no OpenVINO here")
+
+
 def test_auto_takes_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_capabilities", lambda: ["FP32", "BF16"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "openvino bfloat16"
     assert str(settle(RuntimeConfig(precision="float32"), DEEPLAB, "cpu")) == "openvino float32"
-    assert str(settle(RuntimeConfig(), ModelConfig(arch="DPT"), "cpu")) == "eager float32"
+    assert str(settle(RuntimeConfig(), ModelConfig(arch="DPT", encoder="tu-vit_small_patch14_dinov2"), "cpu")) == "eager float32"
     monkeypatch.setattr(engines, "_capabilities", lambda: ["FP32"])
     assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "openvino float32"
     with pytest.raises(ConfigError, match="runs on CPUs"):
         settle(RuntimeConfig(kind="openvino"), DEEPLAB, "cuda")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.undo()
+    monkeypatch.setattr(engines, "_openvino", absent)
     assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "eager float32"
     with pytest.raises(ConfigError, match=r"pip install 'raysal\[openvino\]'"):
         settle(RuntimeConfig(kind="openvino"), DEEPLAB, "cpu")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from raysal.archive.tables import labels_schema, scores_schema
 from raysal.config import ScoreConfig, build
@@ -20,6 +21,7 @@ from raysal.stream.label import LabelImages
 from raysal.stream.score import ScoreImages
 from raysal.stream.worker import Picture, Source
 from tests.helpers import tiny_tree
+from tests.trained import PX
 
 SIDE, OVERLAP = 192, 64
 SCORES = ("entropy", "uncertainty", "margin", "disagreement")
@@ -34,8 +36,8 @@ def tiled(trained: Path, **more: object) -> Predictor:
 
 @pytest.fixture(scope="module")
 def panorama() -> np.ndarray:
-    """[288, 576, 3]: scenes of the size that the network learnt, side by side, as a mosaic holds more than a frame."""
-    rows = [np.concatenate([scene(0, 6 * i + j, 96)[0] for j in range(6)], axis=1) for i in range(3)]
+    """[320, 576, 3]: scenes of the size that the network learnt, side by side, as a mosaic holds more than a frame."""
+    rows = [np.concatenate([scene(0, 9 * i + j, PX)[0] for j in range(9)], axis=1) for i in range(5)]
     return np.concatenate(rows)
 
 
@@ -44,8 +46,7 @@ def test_the_mask_is_the_untiled_one_and_shows_no_seam(trained: Path, panorama: 
     differ = whole != pieces
     grid = Grid.over(panorama.shape[:2], SIDE, OVERLAP)
     assert len(grid.rows) == 2 and len(grid.cols) == 4
-    # Global pooling sees the tile instead of the image, so a few pixels near a decision change.
-    assert differ.mean() < 0.05
+    assert len(np.unique(whole)) >= 3 and differ.mean() < 0.06
     near = np.zeros(differ.shape, bool)
     for k in range(len(grid.cols) - 1):
         near[:, grid.cols[k + 1].low - 4 : grid.cols[k].high + 4] = True
@@ -88,10 +89,33 @@ def test_scores_of_tiles_are_those_of_the_whole(trained: Path, panorama: np.ndar
         for p in (Predictor.load(str(trained)), tiled(trained))
     )
     for name in SCORES:
-        assert parts[name] == pytest.approx(whole[name], rel=0.1, abs=0.01), name
-    np.testing.assert_allclose(parts["class_fractions"], whole["class_fractions"], atol=0.05)
+        assert parts[name] == pytest.approx(whole[name], rel=0.05, abs=0.01), name
+    np.testing.assert_allclose(parts["class_fractions"], whole["class_fractions"], atol=0.02)
     assert parts["class_fractions"].sum() == pytest.approx(1, abs=1e-5)
     assert float(parts["embedding"].astype(float) @ whole["embedding"].astype(float)) > 0.95
+
+
+def test_scores_of_tiles_do_not_depend_on_how_many_run_at_once(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
+    threads, seen = torch.get_num_threads(), []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        work = worker_of(ScoreImages, trained, tmp_path, tiled(trained))
+        torch.set_num_threads(n)  # the worker sets its own
+        row = work.rows([Picture(Source("a", "a.png"), panorama, np.ones(panorama.shape[:2], bool), "")])[0]
+        seen.append([row[name] for name in SCORES] + row["class_fractions"].tolist() + row["embedding"].tolist())
+    torch.set_num_threads(threads)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_network_that_is_not_finite_is_not_scored_0(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
+    predictor = tiled(trained)
+    predictor._engine = lambda x, branches: tuple(t * float("nan") for t in predictor.model.core(x, branches))
+    picture = Picture(Source("a", "a.png"), panorama, np.ones(panorama.shape[:2], bool), "")
+    for aggregate in ("mean", "top_q"):
+        with pytest.raises(ValueError, match="not finite"):
+            worker_of(ScoreImages, trained, tmp_path, predictor, aggregate=aggregate, embedding_dim=0).rows([picture])
+    with pytest.raises(ValueError, match="not finite"):
+        worker_of(LabelImages, trained, tmp_path, predictor).rows([picture])
 
 
 def test_what_is_not_valid_does_not_count_in_any_tile(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
@@ -109,12 +133,12 @@ def test_a_labelled_mosaic_is_the_predictors_mask_with_its_border_left_out(train
     mask = decode_mask(row["mask_png"], 10**9, "a")
     expected = np.where(valid, tiled(trained).masks([panorama])[0], 255)
     np.testing.assert_array_equal(mask, expected)
-    assert row["abstained"] == pytest.approx(40 / 288) and 0 < row["confidence"] <= 1
+    assert row["abstained"] == pytest.approx(40 / 320) and 0 < row["confidence"] <= 1
 
 
 def test_dropout_draws_differ_from_tile_to_tile_and_not_from_call_to_call(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
     work = worker_of(ScoreImages, trained, tmp_path, tiled(trained))
     work.cfg = work.cfg.model_copy(update={"score": ScoreConfig(scores=("bald",), bald_passes=2, embedding_dim=0)})
-    picture = Picture(Source("a", "a.png"), panorama[:, :300], np.ones((288, 300), bool), "")
+    picture = Picture(Source("a", "a.png"), panorama[:, :300], np.ones((320, 300), bool), "")
     first, again = work.rows([picture])[0]["bald"], work.rows([picture])[0]["bald"]
     assert first == again > 0
