@@ -63,14 +63,14 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def run(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess:
+def run(*arguments: str, timeout_s: float = 850) -> subprocess.CompletedProcess:
     """Runs ``raysal ARGUMENTS`` to its end."""
     process = start(*arguments)
     out, err = process.communicate(timeout=timeout_s)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def kill_when(process: subprocess.Popen, reached: Callable[[], bool], timeout_s: float = 240) -> None:
+def kill_when(process: subprocess.Popen, reached: Callable[[], bool], timeout_s: float = 600) -> None:
     """SIGKILLs a command's driver once `reached` holds, and waits until every process it started is gone too."""
     deadline = time.monotonic() + timeout_s
     while not reached():
@@ -80,7 +80,7 @@ def kill_when(process: subprocess.Popen, reached: Callable[[], bool], timeout_s:
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=120)
     for left in alive:
         left.kill()
 

@@ -107,7 +107,7 @@ def bench(tmp_path: Path) -> Path:
 def make(environment: Path, *arguments: str, fails: str = "") -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {"FAILS": fails}
     command = ["make", "-C", str(ROOT), "bench", f"VENV={environment}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
 
 
 def test_make_bench_leaves_out_what_needs_data_and_says_so(bench: Path) -> None:

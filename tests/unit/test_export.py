@@ -277,7 +277,7 @@ def test_a_killed_export_leaves_no_final_file_and_the_same_command_finishes(tmp_
     (tmp_path / "b.png").unlink()
     Image.new("RGB", (2, 1)).save(tmp_path / "b.png")
     process = start(*command)
-    said, errors = process.communicate(timeout=240)
+    said, errors = process.communicate(timeout=800)
     assert process.returncode == 0, errors
     assert json.loads(said)["written"] == 2
     assert [p.name for p in (out / "data").iterdir()] == ["train-00000.parquet"]

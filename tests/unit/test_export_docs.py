@@ -36,5 +36,5 @@ def test_the_pages_commands_and_programs_run(tmp_path: Path) -> None:
     env = os.environ | {"PATH": path, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     for language, text in BLOCKS:
         command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-W", "ignore", "-c", text]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=800)
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

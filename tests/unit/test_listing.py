@@ -292,7 +292,7 @@ tally = Tally()
 print(*[e.uri for e in open_place({str(root)!r}).entries(tally)], tally.unreadable, tally.examples[0], sep="\\n")
 """
     try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     finally:
         (root / "closed").chmod(0o755)
     assert done.returncode == 0, done.stderr
