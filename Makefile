@@ -15,7 +15,7 @@ ARGS ?=
 DATA ?=
 WEIGHTS ?=
 # Benchmarks that need data which nobody may hand on, in the order in which one leaves what the next reads; common.py is no program.
-ON_TILES := benchmarks/marsscapes_loop.py benchmarks/audit.py benchmarks/label_efficiency.py
+ON_TILES := benchmarks/marsscapes_loop.py benchmarks/audit.py benchmarks/archive.py benchmarks/label_efficiency.py
 BENCHMARKS := $(filter-out $(ON_TILES) benchmarks/common.py,$(sort $(wildcard benchmarks/[a-z]*.py)))
 
 .PHONY: help install demo test test-unit lint format types bench clean

@@ -10,7 +10,6 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -20,10 +19,7 @@ from torch import Tensor, nn
 
 from raysal.config import ModelConfig, RuntimeConfig
 from raysal.errors import CheckpointError, ConfigError
-from raysal.model.network import TwoBranch
-
-Engine = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, ...]]
-"""Computes `TwoBranch.core`."""
+from raysal.model.network import Core, TwoBranch
 
 CHECKED_HW = (160, 224)
 """Size of the images that an engine is made and checked with."""
@@ -73,7 +69,7 @@ def settle(cfg: RuntimeConfig, model: ModelConfig, device: str) -> Runtime:
     return Runtime(kind, precision, cfg.agreement)
 
 
-def build(model: TwoBranch, runtime: Runtime, device: torch.device, answers: tuple[int, ...] = (0, 1)) -> Engine:
+def build(model: TwoBranch, runtime: Runtime, device: torch.device, answers: tuple[int, ...] = (0, 1)) -> Core:
     """An engine for a model in eval mode on its device; calls may come from several threads, each on one.
 
     Args:
@@ -89,7 +85,7 @@ def build(model: TwoBranch, runtime: Runtime, device: torch.device, answers: tup
         return model.core
     try:
         if runtime.kind == "openvino":
-            engine: Engine = _OpenVino(model, runtime.precision)
+            engine: Core = _OpenVino(model, runtime.precision)
         else:
             run = torch.compile(model.core, dynamic=True) if runtime.kind == "compile" else model.core
             engine = _autocast(run, device) if runtime.precision == "bfloat16" else run
@@ -107,7 +103,7 @@ def build(model: TwoBranch, runtime: Runtime, device: torch.device, answers: tup
     return engine
 
 
-def _autocast(run: Engine, device: torch.device) -> Engine:
+def _autocast(run: Core, device: torch.device) -> Core:
     def engine(x_BCHW: Tensor, branches: tuple[int, ...]) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, torch.bfloat16):
             return tuple(t.float() for t in run(x_BCHW, branches))
@@ -151,7 +147,7 @@ class _OpenVino:
             return self._compiled[branches]
 
 
-class _Core(nn.Module):
+class _CoreModule(nn.Module):
     """`TwoBranch.core` of given branches as a module of its own, which converters want."""
 
     def __init__(self, model: TwoBranch, branches: tuple[int, ...]) -> None:
@@ -167,7 +163,7 @@ def _converted(model: TwoBranch, branches: tuple[int, ...]) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, on sizes that are fixed by design
         logging.getLogger("openvino").setLevel(logging.ERROR)
-        traced = torch.jit.freeze(torch.jit.trace(_Core(model, branches).eval(), x_BCHW, check_trace=False))
+        traced = torch.jit.freeze(torch.jit.trace(_CoreModule(model, branches).eval(), x_BCHW, check_trace=False))
         return _openvino().convert_model(traced, example_input=x_BCHW)
 
 
@@ -186,7 +182,7 @@ def _capabilities() -> list[str] | None:
 
 
 @torch.no_grad()
-def _agreement(engine: Engine, model: TwoBranch, device: torch.device, branches: tuple[int, ...]) -> float:
+def _agreement(engine: Core, model: TwoBranch, device: torch.device, branches: tuple[int, ...]) -> float:
     """Least share, over a few images, of pixels that get the class that eager float32 gives; 1 for a network that gives no numbers."""
     same = 1.0
     for seed in range(3):

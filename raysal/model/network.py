@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +28,9 @@ from raysal.model.depthwise import speed_up
 from raysal.model.encoder_weights import EncoderWeights, is_file, load_encoder_weights
 
 Resolution = Literal["full", "decoder"]
+
+Core = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, ...]]
+"""What `TwoBranch.core` computes, by whatever means."""
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {a.__name__: a for a in smp.MODEL_ARCHITECTURES_MAPPING.values()}
 
@@ -129,22 +132,26 @@ class TwoBranch(nn.Module):
         z1, z2 = self.decode(self.encode(images_BCHW), resolution)
         return z1, z2
 
-    def branch(self, k: int, images_BCHW: Tensor, resolution: Resolution = "full") -> Tensor:
-        """Logits of branch k (0 or 1) alone; see `forward`."""
-        return self.decode(self.encode(images_BCHW, (k,)), resolution)[0]
+    def answers(
+        self, images_BCHW: Tensor, branches: tuple[int, ...] = (0, 1), resolution: Resolution = "full", core: Core | None = None
+    ) -> tuple[Tensor, ...]:
+        """Logits of some branches as `forward` gives them, then the images' embeddings, from one pass.
 
-    def features(self, images_BCHW: Tensor) -> Tensor:
-        """Embeddings of images: float32 [B, D], the L2-normalised mean of branch 0's last encoder stage over positions."""
-        return _embedding(self.encode(images_BCHW, (0,)))
+        Args:
+            images_BCHW, resolution: As in `forward`.
+            branches: Which of them answer, in order.
+            core: What computes `core`; default: PyTorch.
 
-    def with_features(self, images_BCHW: Tensor, resolution: Resolution = "full") -> tuple[Tensor, Tensor, Tensor]:
-        """What `forward` and `features` give, in one pass: both logits and the embeddings."""
-        encoded = self.encode(images_BCHW)
-        z1, z2 = self.decode(encoded, resolution)
-        return z1, z2, _embedding(encoded)
+        Returns:
+            float32; embeddings are [B, D], the L2-normalised mean of the first branch's last encoder stage over positions.
+        """
+        ready_BCHW = self.ready(images_BCHW)
+        *logits, pooled_BD = (core or self.core)(ready_BCHW, branches)
+        sizes = images_BCHW.shape[-2:], ready_BCHW.shape[-2:]
+        return *(self.finish(z, *sizes, resolution) for z in logits), F.normalize(pooled_BD, dim=1)
 
     def core(self, x_BCHW: Tensor, branches: tuple[int, ...] = (0, 1)) -> tuple[Tensor, ...]:
-        """The part of `with_features` between `ready` and `finish`, which `raysal.model.engines` run.
+        """The part of `answers` between `ready` and `finish`, which `raysal.model.engines` run.
 
         Args:
             x_BCHW: Images made `ready`.
@@ -161,10 +168,10 @@ class TwoBranch(nn.Module):
         assert pooled is not None
         return *logits, pooled
 
-    def encode(self, images_BCHW: Tensor, branches: Sequence[int] = (0, 1)) -> Encoded:
+    def encode(self, images_BCHW: Tensor) -> Encoded:
         """The encoders' half of `forward`, to be decoded once or, by MC dropout, several times."""
         x_BCHW = self.ready(images_BCHW)
-        stages = {k: _encode(self.branches[k], x_BCHW) for k in branches}
+        stages = {k: _encode(branch, x_BCHW) for k, branch in enumerate(self.branches)}
         return Encoded(stages, images_BCHW.shape[-2:], x_BCHW.shape[-2:])
 
     def decode(self, encoded: Encoded, resolution: Resolution = "full") -> tuple[Tensor, ...]:
@@ -325,10 +332,6 @@ def _encode(branch: Any, x_BCHW: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]
 
 def _pooled(stages: list[Tensor]) -> Tensor:
     return stages[-1].float().mean(dim=(2, 3))
-
-
-def _embedding(encoded: Encoded) -> Tensor:
-    return F.normalize(_pooled(encoded.stages[0][0]), dim=1)
 
 
 def _take_upsampling(head: Any) -> None:

@@ -117,13 +117,9 @@ class Predictor:
         return z1, z2
 
     def logits_and_features(self, images: Sequence[np.ndarray], resolution: Resolution = "full") -> tuple[Tensor, Tensor, Tensor]:
-        """`logits`, and the images' embeddings float32 [B, D] (see `TwoBranch.features`) from the same pass."""
+        """`logits`, and the images' embeddings float32 [B, D] (see `TwoBranch.answers`) from the same pass."""
         z1, z2, features = self._each(lambda x: self._run(self._scaled(x), (0, 1), resolution), images)
         return z1, z2, features
-
-    def features(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Embeddings alone: float32 [B, D] on the device, L2-normalised."""
-        return self._each(lambda x: (self.model.features(self._scaled(x)),), images)[0]
 
     def mc_logits(self, image: np.ndarray, seed: int, passes: int, resolution: Resolution = "full") -> Iterator[tuple[Tensor, Tensor]]:
         """Logits of one image under `passes` draws of dropout, one pair [1, C, h, w] a pass: what BALD sums up.
@@ -219,10 +215,7 @@ class Predictor:
 
     def _run(self, x_BCHW: Tensor, branches: tuple[int, ...], resolution: Resolution = "full") -> tuple[Tensor, ...]:
         """Logits of some branches and the embeddings, of images that are scaled already."""
-        ready_BCHW = self.model.ready(x_BCHW)
-        *logits, pooled_BD = self._engine(ready_BCHW, branches)
-        sizes = x_BCHW.shape[-2:], ready_BCHW.shape[-2:]
-        return *(self.model.finish(z, *sizes, resolution) for z in logits), F.normalize(pooled_BD, dim=1)
+        return self.model.answers(x_BCHW, branches, resolution, self._engine)
 
     def _predict(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BCHW, size_HW = self._scaled(images_BCHW), images_BCHW.shape[-2:]

@@ -343,7 +343,7 @@ class TileScores:
         self._n: Tensor | float = 0.0
         self._named_C: Tensor | float = 0.0
         self._sums: dict[str, Tensor] = {}
-        self._top: dict[str, tuple[Tensor, Tensor]] = {}
+        self._top: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, tiles: Measured) -> None:
         """Adds some tiles of the image."""
@@ -357,20 +357,22 @@ class TileScores:
                     self._sums[name] = self._sums.get(name, torch.zeros_like(a_n[0])) + (a_n * w_n).sum()
 
     def _keep(self, name: str, a_n: Tensor, w_n: Tensor, cells: int) -> None:
-        """Keeps the highest values that can be among the top q of the whole image, however its other tiles turn out."""
-        old_a, old_w = self._top.get(name, (a_n[:0], w_n[:0]))
-        a_n, order_n = torch.cat([old_a, a_n]).sort(descending=True)
-        w_n = torch.cat([old_w, w_n])[order_n]
-        before_n = w_n.cumsum(0) - w_n
-        needed_n = before_n <= max(1.0, math.ceil(self.cfg.top_q * self.tiles * cells))
-        self._top[name] = a_n[needed_n], w_n[needed_n]
+        """Keeps values, and from time to time of them those that can be among the top q of the whole image, whatever else it holds."""
+        kept, most = self._top.setdefault(name, []), max(1.0, math.ceil(self.cfg.top_q * self.tiles * cells))
+        kept.append((a_n, w_n))
+        if sum(len(a) for a, _ in kept) > 3 * most:
+            a_n, order_n = torch.cat([a for a, _ in kept]).sort(descending=True)
+            w_n = torch.cat([w for _, w in kept])[order_n]
+            needed_n = w_n.cumsum(0) - w_n <= most
+            self._top[name] = [(a_n[needed_n], w_n[needed_n])]
 
     def scores(self) -> dict[str, np.ndarray]:
         """float64 [1] by score name, and ``class_fractions`` float64 [1, C]."""
         n_B, found = torch.as_tensor(self._n).reshape(1), {}
         for name, total in self._sums.items():
             found[name] = (total / (n_B.clamp_min(EMPTY) if self.cfg.aggregate == "mean" else 1.0)).reshape(1)
-        for name, (a_n, w_n) in self._top.items():
+        for name, kept in self._top.items():
+            a_n, w_n = (torch.cat(parts) for parts in zip(*kept, strict=True))
             found[name] = _mean_of_top(a_n[None], w_n[None], n_B, self.cfg.top_q)
         found["class_fractions"] = _shares(torch.as_tensor(self._named_C)[None])
         return {name: value.cpu().numpy() for name, value in found.items()}

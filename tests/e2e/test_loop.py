@@ -92,7 +92,7 @@ def test_shuffled_labels_of_the_pool_change_no_query(undisturbed: Path, tmp_path
     assert bought(folder) == before
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_killed_again_and_again_a_run_comes_to_the_same_end(undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL of the driver in every kind of stage, of a scoring actor, and of a train worker."""
     folder = tmp_path / "run"
@@ -131,7 +131,7 @@ def kill_one(process: subprocess.Popen, title: str, still: Callable[[], bool]) -
         assert process.poll() is None, process.stderr.read()[-3000:]
         for victim in processes(title, process.pid)[:1]:
             victim.kill()
-            psutil.wait_procs([victim], timeout=10)
+            psutil.wait_procs([victim], timeout=60)
             return
         time.sleep(0.01)
     raise AssertionError(f"no process {title!r} was seen")

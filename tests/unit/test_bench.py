@@ -115,14 +115,14 @@ def test_make_bench_leaves_out_what_needs_data_and_says_so(bench: Path) -> None:
     assert done.returncode == 0, done.stderr
     ran = [line.removeprefix("ran ") for line in done.stdout.splitlines() if line.startswith("ran ")]
     programs = {f"benchmarks/{file.name}" for file in (ROOT / "benchmarks").glob("[a-z]*.py")}
-    on_tiles = ("benchmarks/marsscapes_loop.py", "benchmarks/audit.py", "benchmarks/label_efficiency.py")
+    on_tiles = ("benchmarks/marsscapes_loop.py", "benchmarks/audit.py", "benchmarks/archive.py", "benchmarks/label_efficiency.py")
     assert set(ran) == {f"{p} --quick" for p in programs - {"benchmarks/common.py", *on_tiles}}
     assert f"left out: {' '.join(on_tiles)}" in done.stdout and "DATA=" in done.stdout
 
 
 def test_make_bench_runs_the_real_tiles_where_they_are_given(bench: Path) -> None:
     done = make(bench, "DATA=/a b/mars", "WEIGHTS=w.safetensors")
-    for program in ("marsscapes_loop", "audit", "label_efficiency"):
+    for program in ("marsscapes_loop", "audit", "archive", "label_efficiency"):
         assert f"ran benchmarks/{program}.py --data /a b/mars --weights w.safetensors" in done.stdout
     assert "left out" not in done.stdout
 

@@ -70,7 +70,7 @@ def test_logits_have_the_images_size_and_a_fraction_of_it_before_the_last_upsamp
                 assert small[k].shape == (2, N, math.ceil(height / stride), math.ceil(width / stride))
                 assert full[k].dtype == small[k].dtype == torch.float32
                 assert full[k].isfinite().all() and small[k].isfinite().all()
-                assert torch.equal(model.branch(k, x), full[k])
+                assert torch.equal(model.answers(x, (k,))[0], full[k])
             assert not torch.allclose(full[0], full[1])
 
 
@@ -219,7 +219,7 @@ def test_real_imagenet_weights_of_efficientnet_lite0_match_all_but_the_classifie
     for branch in model.branches:
         assert torch.equal(branch.encoder.model.conv_stem.weight, tensors["conv_stem.weight"])
     with torch.no_grad():
-        a, b = model.features(images(128, 128, n=2))
+        a, b = model.answers(images(128, 128, n=2))[-1]
     assert 0 < a @ b < 1
 
 
@@ -292,8 +292,8 @@ def test_features_are_unit_vectors_and_come_with_the_logits() -> None:
     model = TwoBranch(config(), N, seed=0).eval()
     x = images(45, 64, n=3)
     with torch.no_grad():
-        features = model.features(x)
-        z1, z2, same = model.with_features(x, "decoder")
+        features = model.answers(x, (0,))[-1]
+        z1, z2, same = model.answers(x, resolution="decoder")
         assert torch.equal(torch.stack([z1, z2]), torch.stack(model(x, "decoder")))
     assert torch.equal(features, same)
     assert features.shape == (3, model.branches[0].encoder.out_channels[-1]) and features.dtype == torch.float32
@@ -303,7 +303,7 @@ def test_features_are_unit_vectors_and_come_with_the_logits() -> None:
 def test_logits_are_float32_under_autocast() -> None:
     model = TwoBranch(config(), N, seed=0).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert {z.dtype for z in model.with_features(images(32, 32))} == {torch.float32}
+        assert {z.dtype for z in model.answers(images(32, 32))} == {torch.float32}
 
 
 def test_channels_last_changes_speed_not_logits() -> None:

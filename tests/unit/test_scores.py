@@ -293,3 +293,19 @@ def test_a_trained_network_ranks_scenes_alike_at_both_resolutions(trained: Path)
 def test_entropy_takes_0_log_0_as_0() -> None:
     logp = torch.tensor([0.0, -math.inf]).view(1, 2, 1, 1)
     assert float(entropy(logp)) == 0
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["mean", "sum", "top_q"]), st.integers(1, 30))
+@calm
+def test_an_image_measured_tile_by_tile_has_the_scores_of_all_its_pixels_at_once(seed: int, how: str, tiles: int) -> None:
+    draw = np.random.default_rng(seed)
+    a, w = torch.from_numpy(draw.random((tiles, 50))), torch.from_numpy(draw.choice([0.0, 0.3, 1.0], (tiles, 50))).float()
+    cfg, named = ScoreConfig(scores=("entropy",), aggregate=how, top_q=0.05), torch.ones(1, 2).double()  # type: ignore[arg-type]
+    parts = scores.TileScores(cfg, tiles)
+    for k in range(tiles):
+        parts.add(scores.Measured({"entropy": a[k : k + 1]}, w[k : k + 1], named))
+    expected = aggregate(a.reshape(1, -1), w.reshape(1, -1), how, 0.05)
+    assert parts.scores()["entropy"] == pytest.approx(expected.numpy(), rel=1e-9)
+    if how == "top_q":
+        held = sum(len(values) for values, _ in parts._top["entropy"])
+        assert held <= 3 * max(1, math.ceil(0.05 * tiles * 50)) + 50
