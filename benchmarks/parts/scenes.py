@@ -29,8 +29,8 @@ def manifest(file: Path, uris: list[str]) -> str:
     return str(file)
 
 
-def untrained(folder: Path, px: int, encoder: str = ENCODER) -> str:
-    """A checkpoint of an untrained model; its place."""
+def untrained(folder: Path, px: int, encoder: str = ENCODER, scale: float = 1.0) -> str:
+    """A checkpoint of an untrained model, whose images enter resized by a scale; its place."""
     model = ModelConfig(encoder=encoder)
-    save(str(folder), TwoBranch(model, S5MARS.n_classes, 0), ModelInfo(S5MARS, model, 1.0, px))
+    save(str(folder), TwoBranch(model, S5MARS.n_classes, 0), ModelInfo(S5MARS, model, scale, px))
     return str(folder)
