@@ -18,7 +18,8 @@ from raysal.errors import ConfigError, InputError
 from raysal.images.tiles import Grid
 from raysal.model.checkpoint import read_info
 from raysal.model.runtime import batches
-from raysal.query.scores import Bald, TileScores, measure, score_columns, score_images
+from raysal.query.pooling import TileScores
+from raysal.query.scores import Bald, measure, score_columns, score_images
 from raysal.stream.forecast import Forecast, forecast
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row

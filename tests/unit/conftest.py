@@ -14,6 +14,7 @@ from filelock import FileLock
 from raysal.cli import main
 from raysal.model.checkpoint import INFO
 from raysal.report import build
+from tests import output_folder
 from tests.helpers import Call
 from tests.run_folder import Fabricator, fabricate, tiny_config
 from tests.trained import train_on_scenes
@@ -88,3 +89,10 @@ def raysal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return code, *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not painted, which takes most of a page's time; other tests look at them."""
+    monkeypatch.setattr("raysal.report.charts.png", lambda _: output_folder.png(1))
+    monkeypatch.setattr("raysal.report.survey_page.write_tiles", lambda *_: None)

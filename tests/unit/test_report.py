@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from raysal.report.pictures import Limits
 from raysal.report.theme import THEMES, plain, png
 from raysal.report.words import duration, percent
 from raysal.train.evaluate import evaluate
+from tests.pages import EVIL, Page
 from tests.run_folder import CLASSES, Fabricator, dataset_of, put, tiny_config
 
 CHARTS = (
@@ -48,25 +48,6 @@ MB = 2**20
 
 def text_of(run: Path) -> str:
     return (run / "report" / "index.html").read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and visible text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
@@ -283,8 +264,6 @@ def test_images_that_are_gone_leave_a_sentence_in_their_place(partial: Path) -> 
 
 
 # --- hostile files ----------------------------------------------------------------------------------------------------
-
-EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 
 
 def test_text_from_files_is_never_markup(partial: Path) -> None:

@@ -18,7 +18,8 @@ from raysal.datasets.synthetic import scene
 from raysal.errors import ConfigError
 from raysal.model.runtime import Predictor
 from raysal.query import scores
-from raysal.query.scores import Bald, Branches, aggregate, class_fractions, entropy, log_probabilities, maps, score_images
+from raysal.query.pooling import Measured, TileScores, aggregate
+from raysal.query.scores import Bald, Branches, class_fractions, entropy, log_probabilities, maps, score_images
 
 ALL = tuple(scores.MAPS)
 CLASSES = 9
@@ -301,9 +302,9 @@ def test_an_image_measured_tile_by_tile_has_the_scores_of_all_its_pixels_at_once
     draw = np.random.default_rng(seed)
     a, w = torch.from_numpy(draw.random((tiles, 50))), torch.from_numpy(draw.choice([0.0, 0.3, 1.0], (tiles, 50))).float()
     cfg, named = ScoreConfig(scores=("entropy",), aggregate=how, top_q=0.05), torch.ones(1, 2).double()  # type: ignore[arg-type]
-    parts = scores.TileScores(cfg, tiles)
+    parts = TileScores(cfg, tiles)
     for k in range(tiles):
-        parts.add(scores.Measured({"entropy": a[k : k + 1]}, w[k : k + 1], named))
+        parts.add(Measured({"entropy": a[k : k + 1]}, w[k : k + 1], named))
     expected = aggregate(a.reshape(1, -1), w.reshape(1, -1), how, 0.05)
     assert parts.scores()["entropy"] == pytest.approx(expected.numpy(), rel=1e-9)
     if how == "top_q":

@@ -92,7 +92,15 @@ def test_scores_of_tiles_are_those_of_the_whole(trained: Path, panorama: np.ndar
         assert parts[name] == pytest.approx(whole[name], rel=0.05, abs=0.01), name
     np.testing.assert_allclose(parts["class_fractions"], whole["class_fractions"], atol=0.02)
     assert parts["class_fractions"].sum() == pytest.approx(1, abs=1e-5)
-    assert float(parts["embedding"].astype(float) @ whole["embedding"].astype(float)) > 0.9
+
+
+def test_the_embedding_of_tiles_points_where_that_of_the_whole_does(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
+    picture = Picture(Source("a", "a.png"), panorama, np.ones(panorama.shape[:2], bool), "")
+    whole, parts = (
+        worker_of(ScoreImages, trained, tmp_path, p).rows([picture])[0]["embedding"].astype(float)
+        for p in (Predictor.load(str(trained)), tiled(trained))
+    )
+    assert float(parts @ whole) > 0.95
 
 
 def test_scores_of_tiles_do_not_depend_on_how_many_run_at_once(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
