@@ -17,7 +17,7 @@ from raysal.report import build
 from tests import output_folder
 from tests.helpers import Call
 from tests.run_folder import Fabricator, fabricate, tiny_config
-from tests.trained import train_on_scenes
+from tests.trained import fit_on_scenes
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     folder = (base if worker_id == "master" else base.parent) / "trained"
     with FileLock(f"{folder}.lock"):
         if not (folder / INFO).exists():
-            train_on_scenes(folder)
+            fit_on_scenes(folder)
     return folder
 
 

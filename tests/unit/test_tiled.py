@@ -42,19 +42,11 @@ def panorama() -> np.ndarray:
 
 
 def test_the_mask_is_the_untiled_one_and_shows_no_seam(trained: Path, panorama: np.ndarray) -> None:
-    whole, pieces = Predictor.load(str(trained)).masks([panorama])[0], tiled(trained).masks([panorama])[0]
-    differ = whole != pieces
     grid = Grid.over(panorama.shape[:2], SIDE, OVERLAP)
     assert len(grid.rows) == 2 and len(grid.cols) == 4
-    assert len(np.unique(whole)) >= 3 and differ.mean() < 0.06
-    near = np.zeros(differ.shape, bool)
-    for k in range(len(grid.cols) - 1):
-        near[:, grid.cols[k + 1].low - 4 : grid.cols[k].high + 4] = True
-    near[grid.rows[1].low - 4 : grid.rows[0].high + 4] = True
-    assert 0.1 < near.mean() < 0.5
-    # A seam would be a line of class changes where tiles meet that the whole image does not have.
-    edges = [(mask[:, 1:] != mask[:, :-1])[:, near[:, 1:].all(0)].mean() for mask in (whole, pieces)]
-    assert edges[1] < edges[0] + 0.01
+    whole, pieces = Predictor.load(str(trained)).masks([panorama])[0], tiled(trained).masks([panorama])[0]
+    assert len(np.unique(whole)) >= 3
+    assert (whole != pieces).mean() < 1e-4  # the network is local (`tests.trained`), so only sums that round otherwise may differ
 
 
 def test_pieces_cover_the_image_once_and_agree_with_the_mask(trained: Path, panorama: np.ndarray) -> None:
@@ -89,8 +81,8 @@ def test_scores_of_tiles_are_those_of_the_whole(trained: Path, panorama: np.ndar
         for p in (Predictor.load(str(trained)), tiled(trained))
     )
     for name in SCORES:
-        assert parts[name] == pytest.approx(whole[name], rel=0.05, abs=0.01), name
-    np.testing.assert_allclose(parts["class_fractions"], whole["class_fractions"], atol=0.02)
+        assert parts[name] == pytest.approx(whole[name], rel=0.01), name
+    np.testing.assert_allclose(parts["class_fractions"], whole["class_fractions"], atol=2e-3)
     assert parts["class_fractions"].sum() == pytest.approx(1, abs=1e-5)
 
 
