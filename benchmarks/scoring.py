@@ -27,6 +27,7 @@ import ray
 import torch
 from common import Claim, median_ratio, options, write
 
+from raysal.answers import embed
 from raysal.archive.tables import manifest_schema, write_table
 from raysal.archive.uris import fetch_image
 from raysal.cluster import connected, data_context
@@ -39,7 +40,7 @@ from raysal.model.engines import EAGER, Runtime, settle
 from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
 from raysal.query.scores import score_images
-from raysal.stream.score import embed, score_pool
+from raysal.stream.score import score_pool
 
 WARM_BATCHES = 2
 

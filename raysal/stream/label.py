@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 import raysal
+from raysal.answers import Masks, reliability
 from raysal.archive.tables import labels_schema
 from raysal.archive.uris import exists, join, read_bytes, write_bytes
 from raysal.config import Config
-from raysal.errors import InputError
 from raysal.images.masks import encode_mask
-from raysal.labels import IGNORE
 from raysal.model.checkpoint import ModelInfo, read_info
-from raysal.model.metrics import ClassReliability
-from raysal.model.runtime import Piece
 from raysal.stream.forecast import Forecast, forecast
 from raysal.stream.output import TRUST
 from raysal.stream.pool import Progress, Summary, run_pool
@@ -62,7 +58,7 @@ def label_pool(
     """
     info = read_info(checkpoint_uri)
     if cfg.label.precision is not None:
-        calibration(info, checkpoint_uri)  # refused before any work
+        reliability(info, checkpoint_uri)  # refused before any work
     summary = run_pool(
         LabelImages,
         manifest,
@@ -95,16 +91,8 @@ def trust(info: ModelInfo, checkpoint_uri: str, digest: str, cfg: Config) -> dic
     """What `TRUST` says before any audit: what was measured on val, and the thresholds under which pixels abstain."""
     wanted, kept = cfg.label.precision, None
     if wanted is not None:
-        kept = calibration(info, checkpoint_uri).to_dict(info.label_set.classes, [wanted])[0]
+        kept = reliability(info, checkpoint_uri).to_dict(info.label_set.classes, [wanted])[0]
     return {"model_digest": digest, "val": info.parents.get("metrics"), "kept": kept}
-
-
-def calibration(info: ModelInfo, name: str) -> ClassReliability:
-    """How often each class's pixels were right on val, by confidence. Raises InputError where the checkpoint does not say."""
-    counts = (info.parents.get("metrics") or {}).get("reliability")
-    if counts is None:
-        raise InputError(f"{name}: was never measured on val, so no precision can be promised; train with a val split, or leave it out")
-    return ClassReliability.of(counts)
 
 
 class LabelImages(PoolWorker):
@@ -112,9 +100,7 @@ class LabelImages(PoolWorker):
 
     def start(self) -> None:
         super().start()
-        wanted, info = self.cfg.label.precision, self.predictor.info
-        self.reliability = calibration(info, self.task.checkpoint_uri) if wanted is not None else None
-        self.thresholds = self.reliability.thresholds(wanted) if self.reliability is not None and wanted is not None else []
+        self.masks = Masks(self.predictor, self.cfg.label.precision, self.task.checkpoint_uri)
 
     def common(self) -> Row:
         return {
@@ -125,26 +111,13 @@ class LabelImages(PoolWorker):
         }
 
     def rows(self, pictures: Sequence[Picture]) -> list[Row]:
-        found = self.predictor.pieces([p.image_HWC for p in pictures])
-        return [self._row(p, pieces) for p, pieces in zip(pictures, found, strict=True)]
-
-    def _row(self, picture: Picture, pieces: Iterable[Piece]) -> Row:
-        mask_HW = np.full(picture.shape_HW, IGNORE, np.uint8)
-        counts_C, confidence = np.zeros(self.predictor.info.label_set.n_classes, np.int64), 0.0
-        for piece in pieces:
-            if not np.isfinite(piece.confidence).all():
-                raise ValueError(f"the network's output for {picture.source.uri} is not finite; was the training stable?")
-            kept = picture.valid_HW[piece.rows, piece.cols]
-            if self.reliability is not None:
-                kept = kept & self.reliability.reaches(piece.mask, piece.confidence, self.thresholds)
-            mask_HW[piece.rows, piece.cols][kept] = piece.mask[kept]
-            counts_C += np.bincount(piece.mask[kept], minlength=len(counts_C))
-            confidence += float(piece.confidence[kept].sum(dtype=np.float64))
-        pixels = int(counts_C.sum())
-        return {
-            "mask_png": encode_mask(mask_HW),
-            "confidence": confidence / pixels if pixels else None,
-            "abstained": 1 - pixels / mask_HW.size,
-            "class_fractions": (counts_C / max(1, pixels)).astype(np.float32),
-            "source_sha256": picture.sha256,
-        }
+        return [
+            {
+                "mask_png": encode_mask(mask.mask_HW),
+                "confidence": mask.confidence,
+                "abstained": mask.abstained,
+                "class_fractions": mask.class_fractions,
+                "source_sha256": picture.sha256,
+            }
+            for picture, mask in zip(pictures, self.masks.of(pictures), strict=True)
+        ]

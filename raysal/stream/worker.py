@@ -111,6 +111,14 @@ class Picture:
     sha256: str
 
     @property
+    def id(self) -> str:
+        return self.source.id
+
+    @property
+    def name(self) -> str:
+        return self.source.uri
+
+    @property
     def shape_HW(self) -> tuple[int, int]:
         return self.valid_HW.shape[0], self.valid_HW.shape[1]
 

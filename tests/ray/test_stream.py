@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from raysal.answers import embed
 from raysal.archive.tables import read_table, scores_schema, write_table
 from raysal.labels import S5MARS
 from raysal.model.checkpoint import digest_at
 from raysal.stream import job
-from raysal.stream.score import embed, score_pool
+from raysal.stream.score import score_pool
 from tests.ray.scenes import DIM, SCORES, assert_same_scores, by_id, configured, manifest_at
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime")]

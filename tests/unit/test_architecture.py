@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("labels", "config"),
     ("images", "archive"),
     ("datasets", "model", "query", "export"),
+    ("answers",),
     ("cluster",),
     ("train", "stream", "serving"),
     ("rounds", "report"),

@@ -67,7 +67,7 @@ def worker_of(kind: type, trained: Path, tmp_path: Path, predictor: Predictor, *
     schema = scores_schema(SCORES, 8, info.label_set) if kind is ScoreImages else labels_schema(info.label_set)
     table = pa.table({"id": ["a"], "uri": ["a.png"]})
     work = kind(prepare(kind, table, str(trained), str(tmp_path / "out"), schema, cfg, None).task)
-    work.predictor = predictor
+    (work.scores if kind is ScoreImages else work.masks).predictor = predictor
     return work
 
 
@@ -138,7 +138,7 @@ def test_a_labelled_mosaic_is_the_predictors_mask_with_its_border_left_out(train
 
 def test_dropout_draws_differ_from_tile_to_tile_and_not_from_call_to_call(trained: Path, panorama: np.ndarray, tmp_path: Path) -> None:
     work = worker_of(ScoreImages, trained, tmp_path, tiled(trained))
-    work.cfg = work.cfg.model_copy(update={"score": ScoreConfig(scores=("bald",), bald_passes=2, embedding_dim=0)})
+    work.scores.cfg = ScoreConfig(scores=("bald",), bald_passes=2, embedding_dim=0)
     picture = Picture(Source("a", "a.png"), panorama[:, :300], np.ones((320, 300), bool), "")
     first, again = work.rows([picture])[0]["bald"], work.rows([picture])[0]["bald"]
     assert first == again > 0
