@@ -18,9 +18,9 @@ from raysal.images.tiles import Grid
 from raysal.labels import IGNORE
 from raysal.model.checkpoint import ModelInfo
 from raysal.model.metrics import ClassReliability
-from raysal.model.runtime import Piece, Predictor, batches
+from raysal.model.runtime import Piece, Predictor, batches, resize
 from raysal.query.pooling import TileScores
-from raysal.query.scores import Bald, measure, score_images
+from raysal.query.scores import Bald, maps, measure, score_images
 
 PROJECTION_SEED = 20_260_101
 """Of the embeddings' projection; a constant, so that embeddings of different runs compare."""
@@ -113,6 +113,42 @@ class Masks:
             abstained=1 - pixels / mask_HW.size,
             class_fractions=(counts_C / max(1, pixels)).astype(np.float32),
         )
+
+
+def pixel_map(predictor: Predictor, image: Seen, name: str, alpha: float = 0.5, go_on: Callable[[], object] = lambda: None) -> np.ndarray:
+    """One of `raysal.query.scores.MAPS` at the image's own size.
+
+    Args:
+        predictor: The model.
+        image: Of any size; large ones are blended from tiles as their masks are.
+        name: Of the map, for example ``uncertainty``.
+        alpha: As in `raysal.query.scores.maps`.
+        go_on: As in `Masks.of`.
+
+    Returns:
+        float32 [H, W] in [0, 1]; 0 where not valid.
+
+    Raises:
+        ConfigError: There is no such map.
+        ValueError: The network's output is not finite.
+    """
+
+    def of(images: Sequence[np.ndarray]) -> Tensor:
+        go_on()
+        a_Bhw = maps(*predictor.logits(images, "full"), (name,), alpha)[name]
+        return resize(a_Bhw[:, None], images[0].shape[:2]).clamp(0, 1).cpu()
+
+    size_HW = image.valid_HW.shape
+    grid, map_HW = predictor.grid(size_HW), np.zeros(size_HW, np.float32)
+    if grid is None:
+        map_HW[:] = of([image.image_HWC])[0, 0]
+    else:
+        tiles = (a.numpy() for group in batches(grid.tiles(), predictor.at_once) for a in of([tile.of(image.image_HWC) for tile in group]))
+        for rows, cols, a_1hw in grid.blend(tiles):
+            map_HW[rows, cols] = a_1hw[0]
+    if not np.isfinite(map_HW).all():
+        raise not_finite(image.name)
+    return np.where(image.valid_HW, map_HW, np.float32(0))
 
 
 class Scores:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray.data import DataContext
@@ -37,20 +38,31 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         if address:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
         else:
-            ray.init(
+            start_here(
                 num_cpus=compute.local_cpus or 2 * (os.cpu_count() or 1),
                 include_dashboard=False,
                 logging_level=logging.WARNING,
                 log_to_driver=bool(os.environ.get("RAYSAL_WORKER_LOGS")),
                 object_store_memory=_object_store_bytes(),
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises all sorts, bare Exception included
         where = f"no Ray cluster answers at {address!r}" if address else "Ray can't start on this machine"
         raise ResourceError(f"{where}: {error}; check compute.address, or leave it empty to run on this machine alone") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start_here(**options: Any) -> Any:
+    """`ray.init` on this machine; once more where it timed out, as Ray waits only half a minute for its own processes."""
+    try:
+        return ray.init(address="local", **options)
+    except Exception as error:
+        if "timed out" not in str(error):
+            raise
+        ray.shutdown()
+        return ray.init(address="local", **options)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from raysal.cli import serving
 from raysal.cli.archive import index
 from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set
 from raysal.config import Config, load
@@ -208,6 +209,7 @@ def label(
 
 
 app.command()(index)
+app.add_typer(serving.app, name="serve")
 
 
 @app.command()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-
-from raysal.errors import InputError
+from pycocotools import mask as coco
 
 BRUSH_SIZES = (3, 4, 8, 16)
 """Widths in bits of a run's length that `brush_rle` announces and uses; the shortest that fits is taken."""
@@ -18,14 +17,7 @@ def coco_rle(inside_HW: np.ndarray) -> dict:
 
     Returns:
         ``{"segmentation": {"size": [H, W], "counts": text}, "area": pixels, "bbox": [x, y, width, height]}``, ready for JSON.
-
-    Raises:
-        InputError: pycocotools is not installed.
     """
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise InputError("COCO masks need pycocotools; pip install 'raysal[export]'") from error
     rle = coco.encode(np.asfortranarray(inside_HW, dtype=np.uint8))
     return {
         "segmentation": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")},

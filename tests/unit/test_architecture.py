@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cluster",),
     ("train", "stream", "serving"),
     ("rounds", "report"),
-    ("progress",),
+    ("progress", "client"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,128 @@
+"""The verbs `raysal serve` and `raysal serve promote`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from raysal.cli.options import Json
+from raysal.progress import Ui
+
+DASHBOARD = "http://127.0.0.1:8265"
+
+Precision = Annotated[
+    float | None, typer.Option(help="Pixels abstain (255) unless their class, at their confidence, was right that often on val.")
+]
+Digest = Annotated[str | None, typer.Option(help="sha256 that the checkpoint must have, or 12 digits of it or more.")]
+
+
+def _authenticated(starts: bool) -> None:
+    """Ray's own token, for jobs and its dashboard: made for a Ray that starts here, sent where there is one. Read when Ray is imported."""
+    token = Path.home() / ".ray" / "auth_token"
+    if starts or token.exists() or os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if token.exists():
+        token.chmod(0o600)  # Ray leaves it for all to read
+
+
+class WithDefault(TyperGroup):
+    """`raysal serve CHECKPOINT` is `raysal serve run CHECKPOINT`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=WithDefault, no_args_is_help=True, help="The endpoint: answers images with their masks over HTTP, with a page to see them."
+)
+
+
+@app.command()
+def run(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or URI of a checkpoint.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; another one than this machine's own needs tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that hold the model; with two or more a new model costs no answer.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Cores of a replica; 0 shares this machine's among them.")] = 0,
+    tokens: Annotated[str | None, typer.Option(help="File with one bearer token a line; or set RAYSAL_TOKENS.")] = None,
+    root: Annotated[list[str], typer.Option(help="Folder or bucket whose images clients may name by URI. Repeatable.")] = [],  # noqa: B006
+    precision: Precision = None,
+    digest: Digest = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Images, or a data set with a val split, that a new model must do well on before it takes over.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Runs the endpoint and its page on this machine until it is interrupted.
+
+    Example: raysal serve runs/demo/rounds/002/checkpoint
+    """
+    _authenticated(starts=True)
+    from raysal.model.checkpoint import read_info
+    from raysal.serving import local
+    from raysal.serving.settings import Gate, Settings
+
+    settings = Settings(
+        checkpoint=checkpoint,
+        digest=digest,
+        precision=precision,
+        threads=threads or max(1, (os.cpu_count() or 1) // replicas),
+        tokens_file=None if tokens is None else os.path.abspath(tokens),
+        roots=tuple(r if "://" in r else os.path.abspath(r) for r in root),
+        gate=Gate(reference=reference if reference is None or "://" in reference else os.path.abspath(reference)),
+    )
+    read_info(checkpoint)  # refused in a second, not once Ray is up
+    ui = Ui(json_)
+    ui.say("starting Ray and the endpoint")
+    dashboard = local.run(settings, host, port, replicas, ui.say)
+    _authenticated(starts=True)
+    url = f"http://{host if ':' not in host else f'[{host}]'}:{port}"
+    token = ' -H "Authorization: Bearer TOKEN"' if local.Tokens(settings.tokens_file).wanted else ""
+    ui.result(
+        {"url": url, "dashboard": dashboard},
+        f"masks at {url}, the page too; for example\n"
+        f"  curl{token} --data-binary @scene.png {url}/v1/masks -o mask.png\n"
+        f"  curl{token} -H 'Accept: application/json' --data-binary @scene.png {url}/v1/masks\n"
+        f"another model: raysal serve promote CHECKPOINT --dashboard {dashboard}; Ctrl-C ends it",
+    )
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        ui.say("answering what was accepted, then stopping")
+        local.stop()
+
+
+@app.command()
+def promote(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or URI of the new checkpoint, which every node can read.")],
+    dashboard: Annotated[str, typer.Option(help="Address of the cluster's dashboard.")] = DASHBOARD,
+    precision: Precision = None,
+    digest: Digest = None,
+    json_: Json = False,
+) -> None:
+    """Puts another checkpoint into use while the endpoint answers; one that is damaged, of other classes or worse is refused.
+
+    The same command with the old checkpoint goes back.
+
+    Example: raysal serve promote runs/mars/rounds/003/checkpoint
+    """
+    _authenticated(starts=False)
+    from raysal.archive.uris import absolute
+    from raysal.model.checkpoint import digest_at
+    from raysal.serving import local
+    from raysal.serving.settings import ModelSpec
+
+    ui, uri = Ui(json_), absolute(checkpoint)
+    spec = ModelSpec(checkpoint=uri, digest=digest or digest_at(uri), precision=precision)
+    found = local.promote(spec, dashboard, ui.say)
+    ui.result({"checkpoint": uri, "digest": spec.digest, "found": found}, f"{uri} answers now, digest {(spec.digest or '')[:12]}: {found}")

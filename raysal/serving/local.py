@@ -1,0 +1,160 @@
+"""The endpoint on this machine: starts Ray and Serve, deploys, swaps models."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from raysal.archive.uris import absolute
+from raysal.cluster import start_here
+from raysal.config import ComputeConfig
+from raysal.errors import InputError, RaysalError, ResourceError
+from raysal.serving.deployment import NAME
+from raysal.serving.models import check_successor, load
+from raysal.serving.settings import ModelSpec, Settings
+from raysal.serving.tokens import HOW, Tokens
+
+APPLICATION = "raysal"
+IMPORT_PATH = "raysal.serving.deployment:build"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+POLL_S = 0.5
+
+
+def config(settings: Settings, host: str, port: int, replicas: int) -> dict[str, Any]:
+    """A Serve config file's content; `serve deploy` takes the same."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": host, "port": port},
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": IMPORT_PATH,
+                "args": settings.model_dump(mode="json"),
+                "deployments": [{"name": NAME, "num_replicas": replicas}],
+            }
+        ],
+    }
+
+
+def check_exposure(settings: Settings, host: str) -> None:
+    """Refuses to listen to the network without tokens.
+
+    Raises:
+        InputError: It says how to make some.
+    """
+    if host not in LOOPBACK and not Tokens(settings.tokens_file).wanted:
+        raise InputError(f"--host {host} listens to the network, but there are no tokens: {HOW}; or leave --host out: 127.0.0.1")
+
+
+def promote(spec: ModelSpec, dashboard: str, on_wait: Callable[[str], None] = lambda _: None, timeout_s: float = 600.0) -> str:
+    """Takes another checkpoint into use, on any cluster whose Serve runs the application.
+
+    It is checked here first, as every replica will, so that a bad one changes nothing.
+
+    Args:
+        spec: The model.
+        dashboard: Address of the cluster's dashboard, http://HOST:8265.
+        on_wait: Called with what is going on.
+        timeout_s: How long it may take.
+
+    Returns:
+        What the check found.
+
+    Raises:
+        InputError: No such application there, or the model is refused; the old one answers.
+        RaysalError: It took too long.
+    """
+    try:
+        client = ServeSubmissionClient(dashboard)
+        details: dict[str, Any] = client.get_serve_details()
+    except Exception as error:  # the client raises all sorts where nobody answers
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{dashboard}: no dashboard of Ray answers ({said}); name it: --dashboard") from error
+    configs = {name: app["deployed_app_config"] for name, app in details.get("applications", {}).items() if app.get("deployed_app_config")}
+    mine = next((app for app in configs.values() if app.get("import_path") == IMPORT_PATH), None)
+    if mine is None:
+        raise InputError(f"{dashboard}: serves no application of {IMPORT_PATH}; start one: raysal serve CHECKPOINT")
+    settings = Settings.model_validate(mine.get("args", {}))
+    deployment = next((d for d in mine.get("deployments", []) if d["name"] == NAME), {"name": NAME})
+    current = ModelSpec.model_validate(deployment.get("user_config") or settings.first)
+    on_wait("checking the new model against the one in use")
+    old, new = load(current.model_copy(update={"previous": None}), settings), load(spec, settings)
+    found = check_successor(new, old, settings.gate)
+    wanted = spec.model_copy(update={"digest": new.digest, "previous": current.model_copy(update={"digest": old.digest, "previous": None})})
+    others = [d for d in mine.get("deployments", []) if d["name"] != NAME]
+    mine["deployments"] = [*others, {**deployment, "user_config": wanted.model_dump(mode="json")}]
+    client.deploy_applications({"applications": list(configs.values())})
+    _wait(client, mine["name"], on_wait, timeout_s)
+    return found
+
+
+def run(settings: Settings, host: str, port: int, replicas: int, on_wait: Callable[[str], None] = lambda _: None) -> str:
+    """Starts the endpoint and leaves it running while this process lives.
+
+    Returns:
+        Address of the dashboard.
+
+    Raises:
+        InputError: It would listen to the network without tokens, or the checkpoint can't be used.
+        ResourceError: Ray can't start.
+        RaysalError: The endpoint does not come up.
+    """
+    check_exposure(settings, host)
+    settings = settings.model_copy(update={"checkpoint": absolute(settings.checkpoint)})
+    compute = ComputeConfig()
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        context = start_here(
+            num_cpus=(compute.local_cpus or 2 * (os.cpu_count() or 1)) + replicas,
+            include_dashboard=True,
+            log_to_driver=False,
+            logging_level=30,
+        )
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    except Exception as error:  # ports in use, no space, and the like
+        raise ResourceError(f"Ray Serve can't start on this machine: {error}; is port {port} taken? Name another: --port") from error
+    address = f"http://{context.dashboard_url}"
+    client = ServeSubmissionClient(address)
+    client.deploy_applications(config(settings, host, port, replicas))
+    _wait(client, APPLICATION, on_wait, 600.0)
+    return address
+
+
+def stop() -> None:
+    """Finishes what was accepted, then ends Serve and Ray."""
+    serve.shutdown()
+    ray.shutdown()
+
+
+def _wait(client: Any, name: str, on_wait: Callable[[str], None], timeout_s: float) -> str:
+    end, seen = time.monotonic() + timeout_s, ""
+    while time.monotonic() < end:
+        try:
+            app = client.get_serve_details()["applications"].get(name, {})
+        except Exception as error:  # of all sorts, where the connection breaks
+            raise RaysalError(f"Ray's dashboard answers no more ({type(error).__name__}); is the cluster up? Then run it again") from error
+        status = str(app.get("status", "NOT_STARTED"))
+        if status == "RUNNING":
+            return status
+        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            said = [d.get("message", "") for d in app.get("deployments", {}).values()] + [app.get("message", "")]
+            raise RaysalError(f"the endpoint does not come up: {_reason(next((m for m in said if m), status))}")
+        if status != seen:
+            on_wait(status)
+            seen = status
+        time.sleep(POLL_S)
+    raise RaysalError(f"Serve is not done after {timeout_s:g} s; look at its dashboard")
+
+
+def _reason(message: str) -> str:
+    """The sentence in Serve's message that says why: the last line of a traceback."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line.partition(": ")[2] for line in lines if line.startswith(("RuntimeError: ", "ray.exceptions"))]
+    return (errors or lines or [message])[-1][:1000]

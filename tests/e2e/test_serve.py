@@ -1,0 +1,184 @@
+"""The endpoint as a user runs it: a process of its own, real HTTP, models swapped and replicas killed while it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from raysal.client import Endpoint, Refused
+from raysal.config import ModelConfig, build
+from raysal.datasets.synthetic import scene
+from raysal.images.masks import decode_mask
+from raysal.labels import AI4MARS, S5MARS, LabelSet
+from raysal.model.checkpoint import ModelInfo, digest_at, save
+from raysal.model.network import TwoBranch
+from raysal.rounds.single import open_manifest
+from raysal.stream.label import label_pool
+from tests.helpers import processes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+MODEL = ModelConfig(arch="Unet", encoder="tu-mobilenetv3_small_050")
+SIDE = 96
+START_S = 400
+
+
+def checkpoint(folder: Path, seed: int, label_set: LabelSet = S5MARS) -> Path:
+    save(str(folder), TwoBranch(MODEL, label_set.n_classes, seed), ModelInfo(label_set, MODEL, 1.0, SIDE))
+    return folder
+
+
+@dataclass
+class Running:
+    """An endpoint, and where its things are."""
+
+    url: str
+    dashboard: str
+    process: subprocess.Popen
+    root: Path
+    images: list[Path] = field(default_factory=list)
+
+    def promote(self, checkpoint: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "raysal", "serve", "promote", str(checkpoint), "--dashboard", self.dashboard]
+        return subprocess.run(command, capture_output=True, text=True, timeout=START_S, env=environment())
+
+    def digests(self, answers: int = 12) -> set[str]:
+        return {httpx.get(f"{self.url}/v1/model", timeout=60).json()["digest"] for _ in range(answers)}
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    root = tmp_path_factory.mktemp("serve")
+    images = root / "images"
+    images.mkdir()
+    for i in range(6):
+        Image.fromarray(scene(0, i, SIDE)[0]).save(images / f"{i}.png")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--port", str(port), "--replicas", "2", "--root", str(images), "--json"]
+    command = [sys.executable, "-m", "raysal", "serve", str(checkpoint(root / "first", 0)), *options]
+    with open(root / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment())
+    try:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline() or "null")
+        assert told, (root / "said").read_text()[-3000:]
+        yield Running(told["url"], told["dashboard"], process, root, sorted(images.iterdir()))
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(90)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+
+
+class Load:
+    """Clients that ask without a pause until they are told to stop."""
+
+    def __init__(self, running: Running, tries: int, clients: int = 3) -> None:
+        self.running, self.tries = running, tries
+        self.failed: list[str] = []
+        self.answers: list[str] = []
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(k,)) for k in range(clients)]
+
+    def _ask(self, k: int) -> None:
+        endpoint = Endpoint(self.running.url, tries=self.tries)
+        while not self._end.is_set():
+            try:
+                told = endpoint.describe(self.running.images[k % len(self.running.images)])
+                self.answers.append(told["model_digest"])
+            except Exception as error:
+                self.failed.append(f"{type(error).__name__}: {error}")
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_a_mask_is_that_of_raysal_label_to_the_byte_by_every_way_in(running: Running, tmp_path: Path) -> None:
+    manifest = open_manifest(str(running.root / "images"))
+    label_pool(manifest, str(running.root / "first"), str(tmp_path / "labels"), build({"run": str(tmp_path)}))
+    labels = pq.read_table([str(f) for f in (tmp_path / "labels").glob("part-*.parquet")]).to_pylist()
+    expected = {Path(row["uri"]).name: row["mask_png"] for row in labels}
+    endpoint = Endpoint(running.url)
+    for file in running.images:
+        assert endpoint.picture(file, "index") == expected[file.name]
+    by_uri = httpx.post(f"{running.url}/v1/masks", json={"uri": str(running.images[2])}, timeout=60)
+    assert by_uri.content == expected[running.images[2].name]
+
+    async def folder() -> dict[str, np.ndarray]:
+        return {file.name: mask async for file, mask in endpoint.masks(running.images, at_once=4)}  # type: ignore[misc]
+
+    found = asyncio.run(folder())
+    assert set(found) == set(expected)
+    for name, mask in found.items():
+        np.testing.assert_array_equal(mask, decode_mask(expected[name], 10**6, name))
+
+
+def test_the_client_says_why_an_image_is_refused_and_does_not_ask_again(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_bytes(b"not an image")
+    with pytest.raises(Refused, match="neither JPEG") as refused:
+        Endpoint(running.url).mask(tmp_path / "text.png")
+    assert (refused.value.status, refused.value.reason) == (415, "type")
+
+
+def test_models_are_swapped_while_it_answers_and_bad_ones_are_refused(running: Running) -> None:
+    first, second = digest_at(str(running.root / "first")), digest_at(str(checkpoint(running.root / "second", 1)))
+    bad = running.promote(checkpoint(running.root / "classes", 1, AI4MARS))
+    assert bad.returncode == 2 and "classes" in bad.stderr, bad.stderr
+    assert running.digests() == {first}
+    with Load(running, tries=1) as load:
+        time.sleep(1)
+        good = running.promote(running.root / "second")
+        assert good.returncode == 0, good.stderr
+        time.sleep(1)
+    assert load.failed == [] and set(load.answers) == {first, second}
+    assert running.digests() == {second}
+
+
+def test_a_replica_that_is_killed_costs_a_retrying_client_nothing(running: Running) -> None:
+    def replicas() -> list[psutil.Process]:
+        return processes("ServeReplica:raysal", running.process.pid)
+
+    before = replicas()
+    assert len(before) == 2
+    with Load(running, tries=8) as load:
+        time.sleep(1)
+        before[0].send_signal(signal.SIGKILL)
+        asked = len(load.answers)
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and (len(replicas()) < 2 or len(load.answers) < asked + 20):
+            time.sleep(0.5)
+    assert load.failed == [] and len(load.answers) >= asked + 20
+    assert len(replicas()) == 2

@@ -1,0 +1,48 @@
+"""Config files of the endpoint: what Serve and the application take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from raysal.errors import InputError
+from raysal.serving.deployment import NAME
+from raysal.serving.local import APPLICATION, IMPORT_PATH, check_exposure, config
+from raysal.serving.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def contents() -> list[tuple[str, dict]]:
+    found = [(f.name, yaml.safe_load(f.read_text(encoding="utf-8"))) for f in sorted((ROOT / "serve").glob("*.yaml"))]
+    service = yaml.safe_load((ROOT / "deploy/rayservice.yaml").read_text(encoding="utf-8"))
+    return [*found, ("rayservice.yaml", yaml.safe_load(service["spec"]["serveConfigV2"]))]
+
+
+@pytest.mark.parametrize(("name", "content"), contents(), ids=[name for name, _ in contents()])
+def test_serve_and_the_application_take_each_file(name: str, content: dict) -> None:
+    schema = ServeDeploySchema.model_validate(content)
+    [application] = schema.applications
+    assert application.import_path == IMPORT_PATH
+    settings = Settings.model_validate(application.args)
+    [deployment] = application.deployments
+    assert deployment.name == NAME
+    host = (content.get("http_options") or {}).get("host", "127.0.0.1")
+    assert settings.tokens_file or host == "127.0.0.1"  # nothing listens to a network without tokens
+
+
+def test_what_raysal_serve_deploys_is_such_a_file() -> None:
+    made = ServeDeploySchema.model_validate(config(Settings(checkpoint="/models/a"), "127.0.0.1", 8000, 2))
+    assert [a.name for a in made.applications] == [APPLICATION]
+
+
+def test_no_endpoint_listens_to_the_network_without_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYSAL_TOKENS", raising=False)
+    check_exposure(Settings(checkpoint="a"), "127.0.0.1")
+    with pytest.raises(InputError, match="openssl"):
+        check_exposure(Settings(checkpoint="a"), "0.0.0.0")
+    (tmp_path / "tokens").write_text("a-token-of-some-length\n")
+    check_exposure(Settings(checkpoint="a", tokens_file=str(tmp_path / "tokens")), "0.0.0.0")
