@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -182,3 +184,62 @@ def test_a_replica_that_is_killed_costs_a_retrying_client_nothing(running: Runni
             time.sleep(0.5)
     assert load.failed == [] and len(load.answers) >= asked + 20
     assert len(replicas()) == 2
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium that is on this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium; on Debian and Ubuntu: apt install chromium")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync", "--no-first-run"]
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=program, args=quiet)
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("device", ["desk", "phone"])
+def test_the_page_shows_the_endpoints_own_masks_and_asks_nobody_else(running: Running, browser: Any, device: str, tmp_path: Path) -> None:
+    size = {"width": 1280, "height": 800} if device == "desk" else {"width": 390, "height": 844}
+    context = browser.new_context(viewport=size, has_touch=device == "phone", color_scheme="dark" if device == "phone" else "light")
+    page, asked, wrong = context.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.goto(running.url)
+    page.set_input_files("#files", [str(f) for f in running.images[:2]])
+    page.wait_for_selector("#legend li", timeout=120_000)
+    page.wait_for_function("document.querySelectorAll('#list button:not([disabled])').length == 2", timeout=120_000)
+    page.wait_for_selector("#png[href]", timeout=120_000)
+    shown = page.inner_text("#name")
+    told = Endpoint(running.url).describe(next(f for f in running.images if f.name == shown))
+    largest = max(told["classes"], key=lambda c: c["fraction"])
+    assert page.inner_text("#legend li:first-child span:first-of-type") == largest["name"]
+    with page.expect_download() as download:
+        page.click("#png")
+    download.value.save_as(tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").read_bytes() == Endpoint(running.url).picture(running.root / "images" / shown, "index")
+
+    def pixels() -> list[int]:
+        return page.evaluate("[...document.getElementById('canvas').getContext('2d').getImageData(0, 0, 96, 96).data]")
+
+    masked = pixels()
+    page.uncheck("#legend li:first-child input")
+    without = pixels()
+    page.focus("#stage")
+    page.keyboard.press("m")
+    alone = pixels()
+    page.select_option("#view", "uncertainty")
+    assert masked != without != alone != pixels()
+    stored = np.asarray(Image.open(running.root / "images" / shown).convert("RGBA")).ravel()
+    np.testing.assert_array_equal(alone, stored)
+    page.keyboard.press("+")
+    page.click("[data-example='0']")
+    page.wait_for_function("document.querySelectorAll('#list button:not([disabled])').length == 3", timeout=120_000)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.screenshot(path=tmp_path / f"{device}.png", full_page=True)
+    assert wrong == []
+    assert {u.split("/")[2] for u in asked if not u.startswith(("blob:", "data:"))} == {running.url.split("/")[2]}
+    context.close()

@@ -61,6 +61,7 @@ def ask(checkpoint: Path, asked: Asked, client: str = "127.0.0.1", tokens: str =
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as http:
             await service.use(made.first)
             await asked(http, service)
+        service.model = None  # service and app hold each other; a hundred megabytes would wait for the garbage collector
 
     asyncio.run(run())
 
