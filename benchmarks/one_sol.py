@@ -24,6 +24,8 @@ from parts.scenes import manifest, scenes, untrained
 from raysal.archive.uris import fetch_image
 from raysal.config import build
 from raysal.images.decode import decode_image
+from raysal.model.checkpoint import read_info
+from raysal.model.engines import settle
 from raysal.model.runtime import Predictor
 
 
@@ -43,8 +45,9 @@ def command(checkpoint: str, place: str, out: Path, settings: list[str]) -> tupl
 
 
 def bare(checkpoint: str, uris: list[str], batch: int) -> float:
-    """Seconds of the forward passes alone."""
-    cfg, predictor = build({}).data, Predictor.load(checkpoint)
+    """Seconds of the forward passes alone, by the runtime that the command takes."""
+    cfg = build({}).data
+    predictor = Predictor.load(checkpoint, runtime=settle(build({}).runtime, read_info(checkpoint).model, "cpu"))
     images = [decode_image(fetch_image(uri, cfg.max_bytes), cfg.max_pixels, uri) for uri in uris]
     predictor.predict(images[:batch])
     started = time.perf_counter()

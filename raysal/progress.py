@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from raysal.config import Config
+from raysal.report.words import duration
 
 if TYPE_CHECKING:
     from raysal.rounds.loop import Outcome, Watcher
@@ -42,7 +43,8 @@ class Ui:
         self.live = self.console.is_terminal
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._title, self._said = "", 0.0
+        self._title, self._said = "images", 0.0
+        self._began, self._done = time.monotonic(), 0
 
     def __enter__(self) -> Ui:
         if self.live:
@@ -74,6 +76,7 @@ class Ui:
     def stage(self, round_: int | None, name: str, what: str, seconds: float) -> None:
         words = WORDS.get(name, name)
         self._title, self._said = words if round_ is None else f"round {round_}: {words}", time.monotonic()
+        self._began, self._done = self._said, 0
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
@@ -85,7 +88,16 @@ class Ui:
             self.say(f"{self._title} - done before")
 
     def progress(self, done: int, total: int | None, numbers: dict) -> None:
+        """One line, or a bar: how much is done, what the numbers say; of images by status, how many a second and how many of each."""
         note = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in numbers.items() if k in ("loss", "images_per_second"))
+        if "ok" in numbers:
+            if done < self._done:  # a new look at an archive
+                self._began = time.monotonic()
+            self._done = done
+            rate = done / max(1e-9, time.monotonic() - self._began)
+            note = ", ".join([f"{rate:.1f} images/s", *(f"{n:,} {status}" for status, n in numbers.items() if n)])
+            if total is not None and not self.live and done < total:
+                note += f", {duration((total - done) / max(1e-9, rate))} to go"
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task(self._title, total=total, note=note)

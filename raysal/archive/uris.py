@@ -186,6 +186,8 @@ async def _read_async(fs: Any, path: str, n_bytes: int) -> bytes:
 def _read_pieces(fs: fsspec.AbstractFileSystem, path: str, n_bytes: int, deadline: float) -> bytes:
     """As `_read_async`. Raises TimeoutError where the clock runs out between two pieces."""
     data = bytearray()
+    if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("no file: a folder, a pipe or a device")  # opening a pipe would wait for ever
     with fs.open(path, "rb") as file:
         while len(data) < n_bytes and (piece := file.read(min(PIECE, n_bytes - len(data)))):
             data += piece

@@ -22,6 +22,9 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\x00", b"MM\x00*")
 
 Image.MAX_IMAGE_PIXELS = None  # pillow's own limit comes before ours, which every image meets before it is decoded, and can't be raised
 
+MAX_SCANS = 50
+"""Of a progressive JPEG; real ones have about ten. Each is a pass over all pixels, and a hostile one costs few bytes."""
+
 MAX_BANDS = 4
 """Of a product, where nobody says otherwise."""
 
@@ -74,15 +77,20 @@ def decode(data: bytes, max_pixels: int, name: str, label: Label = None, max_ban
             raises.
     """
     try:
+        if data.startswith(SIGNATURES[0]) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+            raise ImageError("limit", f"{name}: a JPEG of {scans} scans, over {MAX_SCANS}; save it again with fewer")
         if products.attached(data):
             return _product(products.read_product(data, None, max_pixels, max_bands, name), borders)
         if label is not None and not data.startswith(SIGNATURES) and (beside := label()) is not None:
             return _product(products.read_product(data, beside, max_pixels, max_bands, name), borders)
         with open_image(io.BytesIO(data), max_pixels, name) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                return _product(_deep(image), borders)
             image_HWC = np.ascontiguousarray(_rgb(image))
             valid_HW = ~black_border(image_HWC) if borders else np.ones(image_HWC.shape[:2], bool)
-            if "A" in image.getbands():
-                valid_HW &= np.asarray(image.getchannel("A")) > 0
+            if image.has_transparency_data:
+                alpha = image if "A" in image.getbands() else image.convert("RGBA")
+                valid_HW &= np.asarray(alpha.getchannel("A")) > 0
             return Decoded(image_HWC, valid_HW)
     except ImageError:
         raise
@@ -109,9 +117,15 @@ def stretch(values_HWB: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
     if not measured.size:
         return np.zeros(values_HWB.shape, np.uint8)
     low, high = np.percentile(measured, PERCENTILES).astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        share_HWB = (values_HWB.astype(np.float32) - low) / (high - low) if high > low else np.full(values_HWB.shape, 0.5, np.float32)
-    return np.where(valid_HW[:, :, None], np.nan_to_num(share_HWB).clip(0, 1) * 255, 0).astype(np.uint8)
+    del measured
+    stretched_HWB = np.zeros(values_HWB.shape, np.uint8)
+    for band in range(values_HWB.shape[2]):  # one at a time: a large product's bands as real numbers are many times its size
+        with np.errstate(invalid="ignore", over="ignore"):
+            share_HW = values_HWB[:, :, band].astype(np.float32)
+            share_HW = (share_HW - low) / (high - low) if high > low else np.full_like(share_HW, 0.5)
+        level_HW = (np.nan_to_num(share_HW, copy=False).clip(0, 1, out=share_HW) * 255).astype(np.uint8)
+        stretched_HWB[:, :, band][valid_HW] = level_HW[valid_HW]
+    return stretched_HWB
 
 
 def black_border(image_HWC: np.ndarray) -> np.ndarray:
@@ -202,12 +216,18 @@ def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
         )
 
 
+def _deep(image: Image.Image) -> products.Samples:
+    """A grey picture of more than 8 bits, by the rules for products."""
+    values_HW = np.asarray(image)
+    valid_HW = products.measured(values_HW)
+    if isinstance(code := image.info.get("transparency"), int):
+        valid_HW &= values_HW != code
+    return products.Samples(values_HW[:, :, None], valid_HW)
+
+
 def _rgb(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3] by the rules that `decode_image` states."""
     mode = image.mode
-    if mode in ("I", "F") or mode.startswith("I;16"):
-        values_HW = np.asarray(image)
-        return np.repeat(stretch(values_HW[:, :, None], np.isfinite(values_HW)), 3, axis=2)
     if mode in ("RGB", "RGBA", "RGBX"):
         return np.array(image)[:, :, :3]
     if mode in ("L", "LA"):

@@ -98,15 +98,21 @@ def read_product(data: bytes, label: bytes | None, max_pixels: int, max_bands: i
         values_BHW, layout = read(Path(folder), data, label, check, name)
     if values_BHW.shape[-2:] != (layout.height, layout.width):
         raise ImageError("decode", f"{name}: its label says {layout.width} x {layout.height}, its data {values_BHW.shape}; fetch it again")
-    valid_BHW = np.ones(values_BHW.shape, bool)
+    valid_BHW = measured(values_BHW)
     for code in layout.no_data:
         valid_BHW &= values_BHW != code
-    if values_BHW.dtype.kind == "f":
-        with np.errstate(invalid="ignore"):
-            valid_BHW &= np.isfinite(values_BHW) & (np.abs(values_BHW) < SPECIAL)
     used = 3 if len(values_BHW) >= 3 else 1
     valid_HW: np.ndarray = np.logical_or.reduce(valid_BHW[:used], axis=0)
     return Samples(np.moveaxis(values_BHW[:used], 0, -1), valid_HW)
+
+
+def measured(values: np.ndarray) -> np.ndarray:
+    """Which samples can be measurements at all: bool of the same shape; False for NaN, infinity and codes beyond `SPECIAL`."""
+    if values.dtype.kind != "f":
+        return np.ones(values.shape, bool)
+    with np.errstate(invalid="ignore"):
+        good: np.ndarray = np.abs(values) < SPECIAL
+    return good
 
 
 Check = Callable[[Layout], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -102,3 +103,10 @@ def test_a_store_that_can_not_be_interrupted_is_looked_at_between_pieces(tmp_pat
     monkeypatch.setattr(time, "monotonic", partial(next, clock))
     with pytest.raises(ImageError, match="not there after 50 s"):
         fetch_image(str(file), 2**24, max_seconds=50)
+
+
+def test_a_pipe_among_the_images_is_a_row_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for place in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(ImageError, match="no file: a folder, a pipe or a device"):
+            fetch_image(str(place), 1000, 5.0)

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from raysal.errors import ImageError
-from raysal.images.decode import decode_image, image_size
+from raysal.images.decode import decode, decode_image, image_size
 from raysal.images.masks import decode_mask, encode_mask
 
 LIMIT = 10_000
@@ -166,9 +166,9 @@ def test_a_truncated_file_is_never_an_image(kind: str, share: float) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"II*\x00", b"MM\x00*"]))
 def test_random_bytes_raise_nothing_but_image_errors(tail: bytes, head: bytes) -> None:
-    for decode in (decode_image, decode_mask):
+    for read in (decode_image, decode_mask):
         with pytest.raises(ImageError):
-            decode(head + tail, LIMIT, "noise")
+            read(head + tail, LIMIT, "noise")
 
 
 @given(st.data())
@@ -282,3 +282,32 @@ def test_a_large_image_is_accepted_where_the_limit_allows_it() -> None:
     assert image_size(io.BytesIO(file.getvalue()), 4 * 10**8, "mosaic.png") == (20_000, 20_000)
     with pytest.raises(ImageError, match="20000 x 20000 is more than 1000 pixels"):
         image_size(io.BytesIO(file.getvalue()), 1000, "mosaic.png")
+
+
+def test_dark_ground_of_a_16_bit_picture_is_measured_and_only_zeros_at_the_edge_are_no_data() -> None:
+    ground = np.linspace(100, 300, 64 * 64).astype(np.uint16).reshape(64, 64)
+    ground[10, 10] = 60_000  # stretched, most of the ground comes near black
+    assert decode(encoded(ground), 10**6, "a").valid_HW.all()
+    ground[:, :20] = 0
+    found = decode(encoded(ground), 10**6, "a")
+    assert not found.valid_HW[:, :20].any() and found.valid_HW[:, 20:].all()
+    assert not found.image_HWC[:, :20].any()
+
+
+def test_holes_of_pictures_are_no_data() -> None:
+    real = np.linspace(0.1, 0.9, 64 * 64).astype(np.float32).reshape(64, 64)
+    real[20, 20], real[30, 30] = np.nan, -3.4e38
+    found = decode(encoded(real, "TIFF"), 10**6, "a")
+    assert (~found.valid_HW).sum() == 2 and not found.valid_HW[20, 20] and not found.valid_HW[30, 30]
+    assert 100 < found.image_HWC[32, 32, 0] < 160
+    palette = Image.fromarray(np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8) % 4 + 1, "P")
+    palette.putpalette([40, 50, 60] * 256)
+    assert np.array_equal(decode(encoded(palette, transparency=3), 10**6, "a").valid_HW, np.asarray(palette) != 3)
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
+    picture = encoded(RGB, "JPEG", progressive=True)
+    assert 2 <= picture.count(b"\xff\xda") <= 20 and decode_image(picture, LIMIT, "a").shape == RGB.shape
+    with pytest.raises(ImageError, match="60 scans") as refused:
+        decode_image(picture[:-2] + b"\xff\xda" * (60 - picture.count(b"\xff\xda")), LIMIT, "a")
+    assert refused.value.status == "limit"
