@@ -99,7 +99,7 @@ def test_a_compiled_network_says_what_eager_says(trained: Path) -> None:
 
 def test_an_engine_that_says_something_else_is_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
-        def __init__(self, model: engines.TwoBranch, precision: str) -> None:
+        def __init__(self, model: engines.TwoBranch, precision: str, threads: int) -> None:
             self.model = model
 
         def __call__(self, x: torch.Tensor, branches: tuple[int, ...]) -> tuple[torch.Tensor, ...]:

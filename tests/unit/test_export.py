@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import http.server
 import json
 import os
 import struct
 import subprocess
+import threading
 import tracemalloc
 import uuid
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,18 +269,36 @@ def test_an_export_that_fails_half_way_leaves_no_final_file(tmp_path: Path, form
 
 def test_a_killed_export_leaves_no_final_file_and_the_same_command_finishes(tmp_path: Path) -> None:
     """It is killed while it waits for an image that never comes, with a file open for writing."""
-    os.mkfifo(tmp_path / "b.png")
-    Image.new("RGB", (2, 1)).save(tmp_path / "a.png")
-    labels = put_labels(str(tmp_path / "labels"), [row(f"{tmp_path}/{n}.png", mask(0, 1)) for n in "ab"], shards=1)
+    answers = threading.Event()
+
+    class Mute(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answers.wait(300)
+            super().do_GET()
+
+        def do_HEAD(self) -> None:
+            answers.wait(300)
+            super().do_HEAD()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Mute, directory=str(tmp_path)))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in "ab":
+        Image.new("RGB", (2, 1)).save(tmp_path / f"{name}.png")
+    uris = (f"{tmp_path}/a.png", f"http://127.0.0.1:{server.server_port}/b.png")
+    labels = put_labels(str(tmp_path / "labels"), [row(uri, mask(0, 1)) for uri in uris], shards=1)
     out = tmp_path / "out"
     command = ("export", labels, "--format", "hf", "--with-images", "--out", str(out), "--json")
     process = start(*command)
     kill_when(process, lambda: (out / "data").is_dir() and bool(list((out / "data").glob("*.tmp"))))
     assert [p.suffix for p in (out / "data").iterdir()] == [".tmp"]
-    (tmp_path / "b.png").unlink()
-    Image.new("RGB", (2, 1)).save(tmp_path / "b.png")
+    answers.set()
     process = start(*command)
     said, errors = process.communicate(timeout=800)
+    server.shutdown()
     assert process.returncode == 0, errors
     assert json.loads(said)["written"] == 2
     assert [p.name for p in (out / "data").iterdir()] == ["train-00000.parquet"]
