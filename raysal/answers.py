@@ -115,14 +115,13 @@ class Masks:
         )
 
 
-def pixel_map(predictor: Predictor, image: Seen, name: str, alpha: float = 0.5, go_on: Callable[[], object] = lambda: None) -> np.ndarray:
+def pixel_map(predictor: Predictor, image: Seen, name: str, go_on: Callable[[], object] = lambda: None) -> np.ndarray:
     """One of `raysal.query.scores.MAPS` at the image's own size.
 
     Args:
         predictor: The model.
         image: Of any size; large ones are blended from tiles as their masks are.
         name: Of the map, for example ``uncertainty``.
-        alpha: As in `raysal.query.scores.maps`.
         go_on: As in `Masks.of`.
 
     Returns:
@@ -135,7 +134,7 @@ def pixel_map(predictor: Predictor, image: Seen, name: str, alpha: float = 0.5, 
 
     def of(images: Sequence[np.ndarray]) -> Tensor:
         go_on()
-        a_Bhw = maps(*predictor.logits(images, "full"), (name,), alpha)[name]
+        a_Bhw = maps(*predictor.logits(images, "full"), (name,))[name]
         return resize(a_Bhw[:, None], images[0].shape[:2]).clamp(0, 1).cpu()
 
     size_HW = image.valid_HW.shape

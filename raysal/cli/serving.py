@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from raysal.cli.options import Json
+from raysal.errors import ConfigError
 from raysal.progress import Ui
+
+Made = TypeVar("Made")
 
 DASHBOARD = "http://127.0.0.1:8265"
 
@@ -29,6 +34,15 @@ def _authenticated(starts: bool) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if token.exists():
         token.chmod(0o600)  # Ray leaves it for all to read
+
+
+def _checked(kind: Callable[..., Made], **values: Any) -> Made:
+    """Settings from options. Raises ConfigError for a value out of its range."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
 
 
 class WithDefault(TyperGroup):
@@ -70,7 +84,8 @@ def run(
     from raysal.serving import local
     from raysal.serving.settings import Gate, Settings
 
-    settings = Settings(
+    settings = _checked(
+        Settings,
         checkpoint=checkpoint,
         digest=digest,
         precision=precision,
@@ -123,6 +138,6 @@ def promote(
     from raysal.serving.settings import ModelSpec
 
     ui, uri = Ui(json_), absolute(checkpoint)
-    spec = ModelSpec(checkpoint=uri, digest=digest or digest_at(uri), precision=precision)
+    spec = _checked(ModelSpec, checkpoint=uri, digest=digest or digest_at(uri), precision=precision)
     found = local.promote(spec, dashboard, ui.say)
     ui.result({"checkpoint": uri, "digest": spec.digest, "found": found}, f"{uri} answers now, digest {(spec.digest or '')[:12]}: {found}")

@@ -158,9 +158,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/v1/model", summary="The model in use", responses=_problems(401, 503))
     async def model() -> dict[str, Any]:
-        if service.model is None:
-            raise Problem(503, "the model is still being loaded; come back after Retry-After seconds", "loading", service.retry_after)
-        return pages.model_card(service.model) | {"refusal": service.refusal}
+        return pages.model_card(service.in_use()) | {"refusal": service.refusal}
 
     @app.get("/v1/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
@@ -168,8 +166,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/readyz", summary="Whether it can answer", responses=_problems(503))
     async def readyz() -> dict[str, str]:
-        if service.model is None:
-            raise Problem(503, "the model is still being loaded", "loading", service.retry_after)
+        service.in_use()
         return {"status": "ready"}
 
 

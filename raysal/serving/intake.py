@@ -1,6 +1,7 @@
 """From a request to images: bytes, several files in one form, or a URI under a root that the operator opened."""
 
 import hashlib
+import io
 import os
 import posixpath
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from PIL import Image
 from raysal.archive.uris import canonical, fetch_image, fetch_label, is_local
 from raysal.errors import ImageError, InputError
 from raysal.images import products
-from raysal.images.decode import SIGNATURES, decode
+from raysal.images.decode import FORMATS, SIGNATURES, decode
 from raysal.serving.problems import Problem
 from raysal.serving.settings import Limits
 
@@ -74,8 +75,7 @@ def read(upload: Upload, limits: Limits, black_border: bool) -> Picture:
     data, name = upload.data, upload.name
     if not data:
         raise Problem(400, f"{name}: the body is empty; send an image: curl --data-binary @scene.png", "empty")
-    known = data.startswith(SIGNATURES)
-    if not known and upload.label is None and not products.attached(data):
+    if not data.startswith(SIGNATURES) and upload.label is None and not products.attached(data):
         raise Problem(
             415,
             f"{name}: neither JPEG, PNG, TIFF, VICAR nor PDS3 with its label attached, whatever its name or type say; convert it, "
@@ -83,8 +83,6 @@ def read(upload: Upload, limits: Limits, black_border: bool) -> Picture:
             "type",
         )
     try:
-        if known:
-            _refuse_frames(data, name)
         found = decode(data, limits.max_pixels, name, lambda: upload.label, limits.max_bands, black_border)
     except ImageError as error:
         if error.status == "limit":
@@ -94,22 +92,27 @@ def read(upload: Upload, limits: Limits, black_border: bool) -> Picture:
     return Picture(digest, name, found.image_HWC, found.valid_HW)
 
 
-def pixels_of(data: bytes, most: int) -> int:
-    """About how many pixels an image will take: from the header of a picture, else from the bytes; at most `most`."""
-    import io
+def look(upload: Upload, most: int) -> int:
+    """About how many pixels an image will take, at most `most`: from the header of a picture, else from the bytes.
 
+    Raises:
+        Problem: 422 where it holds several frames; of a JPEG with pictures of its own (MPO) the first counts.
+    """
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "TIFF")) as image:
-            return min(most, image.width * image.height)
+        with Image.open(io.BytesIO(upload.data), formats=FORMATS) as image:
+            pixels, frames = image.width * image.height, 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except Exception:  # what it is will be said when it is read
-        return min(most, max(1, len(data)))
+        pixels, frames = len(upload.data), 1
+    if frames > 1:
+        raise Problem(422, f"{upload.name}: holds {frames} frames; send one of them as an image of its own", "frames")
+    return min(most, max(1, pixels))
 
 
 def fetch(uri: str, roots: Sequence[str], limits: Limits) -> Upload:
     """The bytes that a URI names, if it lies under one of the roots.
 
     Raises:
-        Problem: 403 is not among the answers: what is outside and what is not there look the same (422).
+        Problem: 413 where it is too large; 422 where it can't be had. What is outside and what is not there look the same.
     """
     try:
         place = allowed(uri, roots)
@@ -161,18 +164,6 @@ def check_roots(roots: Sequence[str]) -> None:
 def _real(uri: str) -> str:
     place = canonical(uri)
     return os.path.realpath(place) if is_local(place) else place
-
-
-def _refuse_frames(data: bytes, name: str) -> None:
-    import io
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "TIFF")) as image:
-            frames = int(getattr(image, "n_frames", 1)) if image.format != "MPO" else 1
-    except Exception:  # decoding says what is wrong
-        return
-    if frames > 1:
-        raise Problem(422, f"{name}: holds {frames} frames; send one of them as an image of its own", "frames")
 
 
 def _stem(name: str) -> str:

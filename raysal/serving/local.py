@@ -13,7 +13,6 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from raysal.archive.uris import absolute
 from raysal.cluster import start_here
-from raysal.config import ComputeConfig
 from raysal.errors import InputError, RaysalError, ResourceError
 from raysal.serving.deployment import NAME
 from raysal.serving.models import check_successor, load
@@ -108,11 +107,10 @@ def run(settings: Settings, host: str, port: int, replicas: int, on_wait: Callab
     """
     check_exposure(settings, host)
     settings = settings.model_copy(update={"checkpoint": absolute(settings.checkpoint)})
-    compute = ComputeConfig()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         context = start_here(
-            num_cpus=(compute.local_cpus or 2 * (os.cpu_count() or 1)) + replicas,
+            num_cpus=2 * (os.cpu_count() or 1) + replicas,
             include_dashboard=True,
             log_to_driver=False,
             logging_level=30,

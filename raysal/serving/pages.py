@@ -15,7 +15,7 @@ from raysal.images.rle import coco_rle
 from raysal.labels import IGNORE
 from raysal.serving.models import SCORES, Model
 from raysal.serving.problems import Problem
-from raysal.serving.service import MAPS, Done, percent
+from raysal.serving.service import MAPS, Done
 
 VIEWS = ("index", "colour", *MAPS)
 """Pictures of an image that can be asked for: class ids, colours of classes, and maps of doubt."""
@@ -88,25 +88,30 @@ def numbers(done: Done) -> dict[str, Any]:
     }
     if (mask := done.mask) is not None:
         label_set, thresholds = model.predictor.info.label_set, model.masks.thresholds
-        found["confidence"] = None if mask.confidence is None else percent(mask.confidence)
-        found["abstained"] = percent(mask.abstained)
+        found["confidence"] = None if mask.confidence is None else rounded(mask.confidence)
+        found["abstained"] = rounded(mask.abstained)
         found["precision"] = model.spec.precision
         found["classes"] = [
             {
                 "id": c,
                 "name": name,
                 "color": list(label_set.colors[c]),
-                "fraction": percent(mask.class_fractions[c]),
+                "fraction": rounded(mask.class_fractions[c]),
                 "threshold": thresholds[c] if thresholds else None,
                 **(coco_rle(mask.mask_HW == c) if mask.class_fractions[c] > 0 else {"segmentation": None, "area": 0, "bbox": None}),
             }
             for c, name in enumerate(label_set.classes)
         ]
     if done.scores is not None:
-        found["scores"] = {name: percent(done.scores[name]) for name in SCORES}
+        found["scores"] = {name: rounded(done.scores[name]) for name in SCORES}
     if done.map_HW is not None:
         found["map_png"] = base64.b64encode(encode_mask((done.map_HW * 255 + 0.5).astype(np.uint8))).decode()
     return found
+
+
+def rounded(share: float) -> float:
+    """Shares in answers have six digits: enough for a pixel in a million."""
+    return round(float(share), 6)
 
 
 def archive(names: Sequence[str], pictures: Sequence[bytes]) -> bytes:

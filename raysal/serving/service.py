@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import os
 import threading
 import time
@@ -19,7 +18,7 @@ import torch
 
 from raysal.answers import Mask, pixel_map
 from raysal.errors import RaysalError
-from raysal.serving.intake import Picture, Upload, pixels_of, read
+from raysal.serving.intake import Picture, Upload, look, read
 from raysal.serving.meters import Meters
 from raysal.serving.models import Model, check_successor, load
 from raysal.serving.problems import Problem
@@ -150,9 +149,9 @@ class Service:
         Raises:
             Problem: The image can't be used, or the model is not there yet.
         """
-        self._in_use()
+        self.in_use()
         loop = asyncio.get_running_loop()
-        pixels = await loop.run_in_executor(self._files, pixels_of, upload.data, self.settings.limits.max_pixels)
+        pixels = await loop.run_in_executor(self._files, look, upload, self.settings.limits.max_pixels)
         async with self._held.of(pixels):
             started = time.perf_counter()
             picture = await loop.run_in_executor(self._files, read, upload, self.settings.limits, self.settings.black_border)
@@ -184,7 +183,7 @@ class Service:
         return found
 
     def _run(self, works: Sequence[Work]) -> list[Done | Problem]:
-        model = self._in_use()
+        model = self.in_use()
         found: dict[int, Done | Problem] = {}
         alike: dict[Any, list[int]] = defaultdict(list)
         for k, work in enumerate(works):
@@ -218,14 +217,15 @@ class Service:
         pictures = [work.picture for work in works]
         masks = model.masks.of(pictures, go_on) if "mask" in wants else [None] * len(works)
         scores = model.scores.of(pictures, go_on) if "scores" in wants else [None] * len(works)
-        alpha, map_ = self.settings.ueq_alpha, next(iter(wants & {*MAPS}), None)
-        maps = [pixel_map(model.predictor, p, map_, alpha, go_on) if map_ else None for p in pictures]
+        map_ = next(iter(wants & {*MAPS}), None)
+        maps = [pixel_map(model.predictor, p, map_, go_on) if map_ else None for p in pictures]
         return [Done(model, *parts) for parts in zip(pictures, masks, scores, maps, strict=True)]
 
     async def _alone(self, work: Work) -> Done | Problem:
         return (await self.forward([work]))[0]
 
-    def _in_use(self) -> Model:
+    def in_use(self) -> Model:
+        """The model. Raises Problem (503) until there is one."""
         if self.model is None:
             raise Problem(503, "the model is still being loaded; come back after Retry-After seconds", "loading", self.retry_after)
         return self.model
@@ -266,8 +266,3 @@ def batch_pixels(works: Sequence[Work]) -> int:
     """The size of a batch; one image of any size is a batch."""
     pixels = sum(work.picture.pixels for work in works)
     return min(pixels, BATCH_PIXELS) if len(works) == 1 else pixels
-
-
-def percent(share: float) -> float:
-    """Shares in answers have six digits: enough for a pixel in a million."""
-    return round(float(share), 6) if math.isfinite(share) else 0.0

@@ -49,7 +49,6 @@ class Settings(Section):
     runtime: RuntimeConfig = RuntimeConfig()  # how the network runs
     use_gpu: bool = False  # replicas run on GPUs; ask for one in the deployment's ray_actor_options
     threads: Count = 0  # of a replica; 0: the CPUs that Ray gave it, at least 1
-    ueq_alpha: Fraction = 0.5  # of the scores ueq_pixel; as score.ueq_alpha
     black_border: bool = True  # black areas at an image's edge are no data; as data.black_border
     tokens_file: str | None = None  # one bearer token a line; read again when it changes. Or the environment: RAYSAL_TOKENS, by commas
     roots: tuple[str, ...] = ()  # URIs under which clients may name an image instead of sending it; empty: none

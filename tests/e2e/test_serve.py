@@ -211,7 +211,7 @@ def test_the_page_shows_the_endpoints_own_masks_and_asks_nobody_else(running: Ru
     page.goto(running.url)
     page.set_input_files("#files", [str(f) for f in running.images[:2]])
     page.wait_for_selector("#legend li", timeout=120_000)
-    page.wait_for_function("document.querySelectorAll('#list button:not([disabled])').length == 2", timeout=120_000)
+    page.locator("#list button:not([disabled])").nth(1).wait_for(timeout=120_000)
     page.wait_for_selector("#png[href]", timeout=120_000)
     shown = page.inner_text("#name")
     told = Endpoint(running.url).describe(next(f for f in running.images if f.name == shown))
@@ -237,7 +237,7 @@ def test_the_page_shows_the_endpoints_own_masks_and_asks_nobody_else(running: Ru
     np.testing.assert_array_equal(alone, stored)
     page.keyboard.press("+")
     page.click("[data-example='0']")
-    page.wait_for_function("document.querySelectorAll('#list button:not([disabled])').length == 3", timeout=120_000)
+    page.locator("#list button:not([disabled])").nth(2).wait_for(timeout=120_000)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.screenshot(path=tmp_path / f"{device}.png", full_page=True)
     assert wrong == []

@@ -12,6 +12,7 @@ from raysal.errors import InputError
 from raysal.serving.deployment import NAME
 from raysal.serving.local import APPLICATION, IMPORT_PATH, check_exposure, config
 from raysal.serving.settings import Settings
+from tests.helpers import Call
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,3 +47,18 @@ def test_no_endpoint_listens_to_the_network_without_tokens(tmp_path: Path, monke
         check_exposure(Settings(checkpoint="a"), "0.0.0.0")
     (tmp_path / "tokens").write_text("a-token-of-some-length\n")
     check_exposure(Settings(checkpoint="a", tokens_file=str(tmp_path / "tokens")), "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("--precision", "2"), "--precision"), (("--root", "/"), "whole of a store"), (("--host", "0.0.0.0"), "openssl")],
+)
+def test_bad_options_are_refused_in_one_line_before_ray_starts(
+    trained: Path, raysal: Call, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.delenv("RAYSAL_TOKENS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    code, _, err = raysal("serve", trained, *options)
+    assert code == 2 and said in err and "Traceback" not in err
+    assert raysal("serve", "promote", trained, "--precision", "0")[0] == 2
+    assert raysal("serve", trained / "none")[0] == 2

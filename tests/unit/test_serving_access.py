@@ -1,0 +1,207 @@
+"""Who may ask the endpoint, for what, and how much at once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+
+from raysal.errors import InputError
+from raysal.serving.app import make_app
+from raysal.serving.intake import allowed, check_roots
+from raysal.serving.meters import Meters
+from raysal.serving.service import Service, Share, Work
+from raysal.serving.settings import Limits, Settings
+from raysal.serving.tokens import Tokens
+from tests.unit.endpoint import EAGER, SCENE, TOKEN, ask, encoded, problem
+
+# --- who may ask ------------------------------------------------------------------------------------------------------
+
+
+def test_without_tokens_only_this_machine_is_answered(trained: Path) -> None:
+    async def refused(http: httpx.AsyncClient, _: Service) -> None:
+        assert "openssl" in problem(await http.get("/v1/model"), 401, "token")
+        assert (await http.get("/v1/readyz")).status_code == 200
+
+    async def answered(http: httpx.AsyncClient, _: Service) -> None:
+        assert (await http.get("/v1/model")).status_code == 200
+        problem(await http.get("/v1/model", headers={"x-forwarded-for": "203.0.113.9"}), 401, "token")
+
+    ask(trained, answered)
+    ask(trained, answered, client="::1", host="localhost")
+    ask(trained, refused, client="203.0.113.9")
+    ask(trained, refused, host="rebound.example")
+
+
+def test_any_of_several_tokens_is_good_and_a_file_is_read_again(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"# of October\n\n{TOKEN}\n")
+
+    async def asked(http: httpx.AsyncClient, _: Service) -> None:
+        async def status(token: str) -> int:
+            return (await http.get("/v1/model", headers={"authorization": token.encode()})).status_code
+
+        second = "another-token-of-some-length"
+        assert [await status(t) for t in (f"Bearer {TOKEN}", f"bearer {TOKEN}", f"Bearer {second}")] == [200, 200, 401]
+        assert [await status(t) for t in ("", TOKEN, f"Basic {TOKEN}", "Bearer ", "Bearer \xe4")] == [401] * 5
+        file.write_text(f"{second}\n")
+        assert [await status(f"Bearer {t}") for t in (TOKEN, second)] == [401, 200]
+        file.unlink()
+        assert await status(f"Bearer {second}") == 200  # a file that is being replaced locks nobody out
+
+    ask(trained, asked, client="203.0.113.9", tokens_file=str(file))
+    for text in ("short\n", "\xff"):
+        file.write_bytes(text.encode("latin-1"))
+        with pytest.raises(InputError, match="token"):
+            Tokens(str(file), {})
+
+
+def test_uris_reach_what_lies_under_the_roots_and_nothing_else(trained: Path, tmp_path: Path) -> None:
+    root, outside = tmp_path / "open", tmp_path / "open-not"
+    for folder in (root, outside):
+        folder.mkdir()
+        (folder / "scene.png").write_bytes(encoded(SCENE))
+    (root / "link.png").symlink_to(outside / "scene.png")
+    (root / "inner.png").symlink_to(root / "scene.png")
+
+    async def asked(http: httpx.AsyncClient, _: Service) -> None:
+        async def answer(uri: str) -> httpx.Response:
+            return await http.post("/v1/masks", json={"uri": uri})
+
+        for good in (f"{root}/scene.png", f"file://{root}/scene.png", f"{root}/inner.png"):
+            assert (await answer(good)).status_code == 200, good
+        for bad in (
+            f"{outside}/scene.png", f"{root}/../open-not/scene.png", f"{root}/link.png", str(root), "/etc/passwd", "http://127.0.0.1/x.png",
+            f"zip://scene.png::{root}/x.zip", f"simplecache::{root}/scene.png", f"{root}/none.png", "", "\x00", "nonsense://x",
+            "http://169.254.169.254/latest/meta-data", f"{root}/%2e%2e/open-not/scene.png",
+        ):  # fmt: skip
+            problem(await answer(bad), 422, "uri")
+
+    ask(trained, asked, roots=(str(root),))
+
+
+def test_roots_are_folders_of_stores_that_can_be_kept_to() -> None:
+    check_roots(("/data/images", "s3://bucket/images"))
+    for bad in ("http://example.org/images", "https://example.org", "zip://x::/data/a.zip", "ftp://host/x"):
+        with pytest.raises(InputError, match="roots"):
+            check_roots((bad,))
+    with pytest.raises(InputError, match="send the image"):
+        allowed("s3://bucket/images-private/x.png", ("s3://bucket/images",))
+    assert allowed("s3://bucket/images/x.png", ("s3://bucket/images/",)) == "s3://bucket/images/x.png"
+    with pytest.raises(ValueError, match="whole of a store"):
+        Settings(checkpoint="x", roots=("/",))
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def test_more_requests_than_there_are_places_are_turned_away_at_once(trained: Path) -> None:
+    async def asked(http: httpx.AsyncClient, service: Service) -> None:
+        gate, real = asyncio.Event(), service.batched
+
+        async def held(work: Work) -> object:
+            await gate.wait()
+            return await real(work)
+
+        service.batched = held  # type: ignore[assignment]
+        first = [asyncio.ensure_future(http.post("/v1/masks", content=encoded(SCENE))) for _ in range(2)]
+        await asyncio.sleep(0.2)
+        response = await http.post("/v1/masks", content=encoded(SCENE))
+        problem(response, 429, "busy")
+        assert int(response.headers["retry-after"]) >= 1
+        assert (await http.get("/v1/healthz")).status_code == 200
+        gate.set()
+        assert [(await f).status_code for f in first] == [200, 200]
+        assert (await http.post("/v1/masks", content=encoded(SCENE))).status_code == 200
+
+    ask(trained, asked, limits=Limits(in_flight=2))
+
+
+def test_a_deadline_ends_the_work_and_frees_its_place(trained: Path) -> None:
+    async def asked(http: httpx.AsyncClient, service: Service) -> None:
+        works: list[Work] = []
+
+        async def never(work: Work) -> object:
+            works.append(work)
+            return await asyncio.Event().wait()
+
+        real, service.batched = service.batched, never  # type: ignore[assignment]
+        problem(await http.post("/v1/masks", content=encoded(SCENE), headers={"x-request-timeout-seconds": "0.2"}), 408, "deadline")
+        assert works[0].stop.is_set()
+        service.batched = real
+        assert (await http.post("/v1/masks", content=encoded(SCENE))).status_code == 200
+
+    ask(trained, asked, limits=Limits(in_flight=1))
+
+
+def test_a_slow_upload_holds_no_place(trained: Path) -> None:
+    async def asked(http: httpx.AsyncClient, _: Service) -> None:
+        async def drops() -> object:
+            yield b"\x89PNG"
+            await asyncio.sleep(30)
+            yield b"more"
+
+        problem(await http.post("/v1/masks", content=drops()), 408, "slow")
+        assert (await http.post("/v1/masks", content=encoded(SCENE))).status_code == 200
+
+    ask(trained, asked, limits=Limits(in_flight=1, upload_s=0.2))
+
+
+def test_a_client_that_goes_away_costs_nothing_more(trained: Path) -> None:
+    async def run() -> None:
+        made = Settings(checkpoint=str(trained), runtime=EAGER, threads=1)
+        service = Service(made, Meters())
+        await service.use(made.first)
+        works: list[Work] = []
+
+        async def never(work: Work) -> object:
+            works.append(work)
+            return await asyncio.Event().wait()
+
+        service.batched = never  # type: ignore[assignment]
+        app, sent = make_app(service, Tokens(None, {}), proxied=False), []
+        messages = [{"type": "http.request", "body": encoded(SCENE), "more_body": False}]
+
+        async def receive() -> dict:
+            if messages:
+                return messages.pop(0)
+            while not works:
+                await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        scope: dict = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/masks",
+            "raw_path": b"/v1/masks",
+            "query_string": b"",
+            "scheme": "http",
+        }
+        scope |= {"headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80)}
+        scope |= {"http_version": "1.1", "root_path": ""}
+        await asyncio.wait_for(app(scope, receive, send), 20)
+        assert works[0].stop.is_set() and not sent
+
+    asyncio.run(run())
+
+
+def test_shares_are_given_in_turn_and_come_back() -> None:
+    async def run() -> None:
+        share, order = Share(10), []
+
+        async def take(name: str, amount: int) -> None:
+            async with share.of(amount):
+                order.append(name)
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(take("a", 8), take("large", 99), take("b", 1))
+        assert order == ["a", "large", "b"]
+        async with share.of(10):
+            pass
+
+    asyncio.run(run())
