@@ -21,7 +21,7 @@ import torch
 from common import Claim, options, write
 from parts.scenes import manifest, scenes, untrained
 
-from raysal.archive.uris import fetch_image
+from raysal.archive.fetch import fetch_image
 from raysal.config import build
 from raysal.images.decode import decode_image
 from raysal.model.checkpoint import read_info

@@ -28,8 +28,8 @@ import torch
 from common import Claim, median_ratio, options, write
 
 from raysal.answers import embed
+from raysal.archive.fetch import fetch_image
 from raysal.archive.tables import manifest_schema, write_table
-from raysal.archive.uris import fetch_image
 from raysal.cluster import connected, data_context
 from raysal.config import Config, ModelConfig, build
 from raysal.datasets.synthetic import write_archive

@@ -36,4 +36,4 @@ def rows_in(manifest: Path) -> list[tuple[str, str]]:
 def listed(uri: str) -> tuple[list[Entry], Tally]:
     """What a place holds, and what of it was left out."""
     tally, place = Tally(), open_place(uri)
-    return place.complete(list(place.entries(tally))), tally
+    return [e for e in place.complete(list(place.entries(tally)), tally) if e is not None], tally

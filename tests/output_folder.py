@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from raysal.archive.fetch import fetch_image
 from raysal.archive.tables import labels_schema, manifest_schema, scores_schema, write_table
-from raysal.archive.uris import fetch_image
 from raysal.datasets.synthetic import scene
 from raysal.errors import ImageError
 from raysal.images.decode import decode_image

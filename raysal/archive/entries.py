@@ -120,5 +120,5 @@ def cause_of(error: object) -> str:
     if (status := getattr(error, "status", None)) is not None:
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
     if isinstance(error, FileNotFoundError):
-        return "not found"
+        return "not found" if error.__cause__ is None else cause_of(error.__cause__)
     return " ".join(f"{type(error).__name__}: {error}".split()) if isinstance(error, Exception) else str(error)

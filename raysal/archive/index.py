@@ -212,9 +212,11 @@ class _Run:
                 product = parse(entry.uri, place.root)
                 if not self._left_out(entry, self.filters.against(product), known):
                     named.append((entry, product))
-            for entry, (_, product) in zip(place.complete([e for e, _ in named]), named, strict=True):
-                if not self._left_out(entry, self.filters.against_size(entry.size), known):
-                    yield row(entry, product, place.root)
+            for whole, (entry, product) in zip(place.complete([e for e, _ in named], tally), named, strict=True):
+                if whole is None:
+                    self._stays(entry, known)
+                elif not self._left_out(whole, self.filters.against_size(whole.size), known):
+                    yield row(whole, product, place.root)
             self.on_progress(sum(t.files for t in self.tallies))
 
     def summary(self, seconds: float) -> Summary:
@@ -237,9 +239,13 @@ class _Run:
         if reason is None:
             return False
         self.left_out[reason] += 1
+        self._stays(entry, known)
+        return True
+
+    def _stays(self, entry: Entry, known: Known | None) -> None:
+        """What the manifest has of a file stays as it is."""
         if known is not None and self.before["shards"]:
             known.keep(entry.uri)
-        return True
 
     def _keep(self, name: str, known: Known, prune: bool) -> pa.Table | None:
         """A shard's rows without those that are outdated; None where all of them stay."""

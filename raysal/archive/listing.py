@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.zip import ZipFileSystem
 
 from raysal.archive.entries import IMAGES, LABELED, Entry, Tally, cause_of, entry_of, utc
+from raysal.archive.fetch import patiently, status_of
 from raysal.archive.lists import LISTS, list_entries
 from raysal.archive.uris import canonical
 from raysal.errors import InputError, RaysalError
@@ -29,8 +31,8 @@ SORTED = 50_000
 """Files of one local folder that are sorted together: order where it costs nothing, bounded memory where a folder is huge."""
 DEEPEST = 64
 """Folders below folders of a remote store; a listing that leads deeper leads in circles."""
-ASKED_AT_ONCE = 16
-"""Requests for the size of files that a web page's listing does not tell."""
+ASKED_AT_ONCE, ASKED_FOR_S = 16, 30.0
+"""Requests for the size of files that a web page's listing does not tell, and how long a busy server is asked for one."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,19 @@ class Place:
             return list_entries(self.fs, self.path, self.uri, tally)
         return {"local": _local, "archive": _archive, "s3": _s3, "store": _store, "file": _file}[self.how](self, tally)
 
-    def complete(self, entries: list[Entry]) -> list[Entry]:
-        """Adds what the listing could not tell: web pages name files only, so each wanted one is asked for."""
+    def complete(self, entries: list[Entry], tally: Tally) -> list[Entry | None]:
+        """Adds what the listing could not tell: web pages name files only, so each wanted one is asked for.
+
+        None where the server would not tell now: what is not known of a file must not read as a change of it.
+        """
         if not self.on_the_web:
-            return entries
+            return [*entries]
         with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-            return list(threads.map(self._ask, entries))
+            answers = list(threads.map(self._ask, entries))
+        for entry, answer in zip(entries, answers, strict=True):
+            if isinstance(answer, Exception):
+                tally.fail(entry.uri, answer)
+        return [None if isinstance(answer, Exception) else answer for answer in answers]
 
     def holds(self, uri: str) -> bool:
         """Whether a URI lies in this place; of a list nobody can say."""
@@ -87,11 +96,12 @@ class Place:
             return other == outer and (inner.endswith("://") or mine.startswith(f"{inner}/"))
         return uri == self.uri or uri.startswith(f"{self.uri.rstrip('/')}/")
 
-    def _ask(self, entry: Entry) -> Entry:
+    def _ask(self, entry: Entry) -> Entry | Exception:
         try:
-            return entry_of(entry.uri, self.fs.info(entry.uri))
-        except Exception:  # a file that is named but can't be had stays listed: fetching it will tell why
-            return entry
+            return entry_of(entry.uri, patiently(lambda: self.fs.info(entry.uri), time.monotonic() + ASKED_FOR_S))
+        except Exception as error:
+            # A file that is named but is not there, or not for us, stays listed: fetching it will tell why.
+            return entry if status_of(error) in (401, 403, 404, 410) else error
 
 
 def open_place(uri: str) -> Place:

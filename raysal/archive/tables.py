@@ -17,7 +17,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysal.archive.uris import open_fs, write_bytes
+from raysal.archive.uris import open_fs, store_errors, write_bytes
 from raysal.errors import InputError
 from raysal.labels import LabelSet
 
@@ -150,7 +150,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         InputError: Nothing there, not Parquet, a column missing, files that disagree, or a newer version; each names the file.
     """
-    fs, files = _files(uri)
+    fs, files = parquet_files(uri)
     tables = []
     for name, path in files:
         with _reading(name), fs.open(path, "rb") as stream:
@@ -163,7 +163,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 def read_schema(uri: str) -> pa.Schema:
     """The columns of a table's first file, with what its metadata says. Raises InputError as `read_table` does."""
-    fs, files = _files(uri)
+    fs, files = parquet_files(uri)
     name, path = files[0]
     with _reading(name), fs.open(path, "rb") as stream:
         return _checked(pq.ParquetFile(stream), (), name)
@@ -180,7 +180,7 @@ def scan_table(uri: str, columns: Sequence[str], rows: int, needed: Sequence[str
     Raises:
         InputError: As `read_table`; a file is looked at when its turn comes.
     """
-    fs, files = _files(uri)
+    fs, files = parquet_files(uri)
     for name, path in files:
         with _reading(name), fs.open(path, "rb") as stream:
             # Without a buffer size a whole row group is held, however few rows of it are asked for; with it, the pages they are in.
@@ -188,6 +188,19 @@ def scan_table(uri: str, columns: Sequence[str], rows: int, needed: Sequence[str
             schema = _checked(file, [*columns, *needed], name)
             for batch in file.iter_batches(rows, columns=list(columns)):
                 yield batch.replace_schema_metadata(schema.metadata)
+
+
+def parquet_files(uri: str) -> tuple[fsspec.AbstractFileSystem, list[tuple[str, str]]]:
+    """A table's files: what messages call each, and its path. Raises InputError where there are none."""
+    fs, path = open_fs(uri)
+    with store_errors(uri):
+        if fs.isfile(path):
+            return fs, [(uri, path)]
+        files = _shown(fs.find(path), path)
+        seen = "holds no Parquet file" if files or fs.exists(path) else "does not exist"
+    if not files:
+        raise InputError(f"{uri}: {seen}; give a .parquet file or a folder of them")
+    return fs, [(f"{uri.rstrip('/')}/{file[len(path.rstrip('/')) + 1 :]}", file) for file in files]
 
 
 def write_table(uri: str, table: pa.Table) -> None:
@@ -219,29 +232,18 @@ def _row_head() -> list[tuple[str, pa.DataType]]:
     ]
 
 
-def _parquet_files(found: Iterable[str], folder: str) -> list[str]:
+def _shown(found: Iterable[str], folder: str) -> list[str]:
     def hidden(path: str) -> bool:
         return any(part[0] in "._" for part in posixpath.relpath(path, folder).split("/"))
 
     return sorted(p for p in found if p.endswith(".parquet") and not hidden(p))
 
 
-def _files(uri: str) -> tuple[fsspec.AbstractFileSystem, list[tuple[str, str]]]:
-    """A table's files: what messages call each, and its path. Raises InputError where there are none."""
-    fs, path = open_fs(uri)
-    if fs.isfile(path):
-        return fs, [(uri, path)]
-    files = _parquet_files(fs.find(path), path)
-    if not files:
-        seen = "holds no Parquet file" if fs.exists(path) else "does not exist"
-        raise InputError(f"{uri}: {seen}; give a .parquet file or a folder of them")
-    return fs, [(f"{uri.rstrip('/')}/{file[len(path.rstrip('/')) + 1 :]}", file) for file in files]
-
-
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
     try:
-        yield
+        with store_errors(name):
+            yield
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{name}: not a whole Parquet file ({error}); delete it and run what made it again") from error
 

@@ -11,36 +11,58 @@ import functools
 import io
 import os
 import posixpath
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
-import fsspec.asyn
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from raysal.errors import ImageError, InputError, RaysalError
-
-PIECE = 2**20
-"""Bytes that are read from a store at once."""
-
-PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
-"""Suffixes of files that have no label beside them."""
+from raysal.errors import InputError, RaysalError
 
 
 def open_fs(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URI and the path inside it.
+    """The file system of a URI and the path inside it. It remembers no listings: they would be stale, and fill the memory.
 
     Raises:
         InputError: The URI's scheme is unknown, or its driver is not installed.
+        RaysalError: The store does not answer, or refuses.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(os.fspath(uri))
+        with store_errors(uri):
+            fs, path = fsspec.core.url_to_fs(os.fspath(uri), use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise InputError(f"{uri}: no file system for this URI ({error}); install its driver, for example s3fs for s3://") from error
     return fs, path
+
+
+@contextlib.contextmanager
+def store_errors(uri: str) -> Iterator[None]:
+    """Turns what drivers raise over a store that does not answer, or refuses, into errors that say what to do.
+
+    What they raise over a file (it is missing, it is a folder) passes.
+
+    Raises:
+        InputError: It may not be read.
+        RaysalError: The store does not answer, or says no.
+    """
+    try:
+        yield
+    except (ConnectionError, TimeoutError, asyncio.TimeoutError) as error:
+        raise RaysalError(f"{uri}: the store does not answer ({_said(error)}); run the same command again once it does") from error
+    except PermissionError as error:
+        raise InputError(f"{uri}: may not be read ({_said(error)}); ask for the right to, or give the keys that have it") from error
+    except (RaysalError, OSError, ValueError, ImportError, TypeError, pa.ArrowException):
+        raise
+    except Exception as error:  # drivers have types of their own; NoCredentialsError, EndpointConnectionError, ClientResponseError
+        raise RaysalError(f"{uri}: the store can't be used ({_said(error)}); mend that and run the same command again") from error
+
+
+def _said(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def is_local(uri: str) -> bool:
@@ -105,94 +127,25 @@ def join(base: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = open_fs(uri)
-    return bool(fs.exists(path))
+    with store_errors(uri):
+        return bool(fs.exists(path))
 
 
 def list_names(uri: str) -> list[str]:
     """Sorted names directly under a folder; empty where there is no such folder."""
     fs, path = open_fs(uri)
     try:
-        return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False, refresh=True))
+        with store_errors(uri):
+            return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except TypeError:  # a file system whose ls knows no refresh
-        return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False))
 
 
 def read_bytes(uri: str) -> bytes:
-    """A whole small file. Raises FileNotFoundError or OSError as fsspec does."""
+    """A whole small file. Raises FileNotFoundError or another OSError as fsspec does, and the errors of `store_errors`."""
     fs, path = open_fs(uri)
-    data: Any = fs.cat_file(path)
-    return bytes(data)
-
-
-def fetch_image(uri: str, max_bytes: int, max_seconds: float = 120.0) -> bytes:
-    """The bytes of one image of an archive.
-
-    A store that stops answering is given up after max_seconds where its driver can be interrupted (HTTP, S3 and the other asynchronous
-    ones); elsewhere the clock is looked at between pieces.
-
-    Raises:
-        ImageError: status ``limit`` where the file is larger than max_bytes, ``fetch`` where it can't be had, or not in time.
-    """
-    try:
-        fs, path = open_fs(uri)
-        if getattr(fs, "async_impl", False) and hasattr(fs, "open_async") and not getattr(fs, "asynchronous", False):
-            data = fsspec.asyn.sync(fs.loop, _read_async, fs, path, max_bytes + 1, timeout=max_seconds)
-        else:
-            data = _read_pieces(fs, path, max_bytes + 1, time.monotonic() + max_seconds)
-    except (TimeoutError, asyncio.TimeoutError) as error:  # fsspec's own is one, too
-        slow = f"{uri}: not there after {max_seconds:g} s; is the store slow? Raise data.max_seconds, or retry the failed images later"
-        raise ImageError("fetch", slow) from error
-    except Exception as error:  # drivers raise their own types; every one means that the bytes are not to be had
-        raise ImageError("fetch", f"{uri}: {type(error).__name__}: {error}") from error
-    if len(data) > max_bytes:
-        raise ImageError("limit", f"{uri}: more than {max_bytes} bytes; raise data.max_bytes if such files are wanted")
-    return data
-
-
-def fetch_label(uri: str, max_bytes: int = 2**20, max_seconds: float = 120.0) -> bytes | None:
-    """The detached label beside an archive product's data file (``.xml``, ``.lbl``, of the same name), or None.
-
-    Raises:
-        ImageError: As `fetch_image`, where there is one that can't be had.
-    """
-    inner, chained, outer = uri.partition("::")
-    stem, own = posixpath.splitext(inner)
-    if own.lower() in PICTURES:
-        return None
-    for suffix in (".xml", ".LBL", ".lbl", ".XML"):
-        beside = f"{stem}{suffix}{chained}{outer}"
-        try:
-            return fetch_image(beside, max_bytes, max_seconds)
-        except ImageError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-    return None
-
-
-async def _read_async(fs: Any, path: str, n_bytes: int) -> bytes:
-    """At most so many bytes of a file; what more there is stays where it is."""
-    file = await fs.open_async(path, "rb")
-    data = bytearray()
-    try:
-        while len(data) < n_bytes and (piece := await file.read(min(PIECE, n_bytes - len(data)))):
-            data += piece
-    finally:
-        await file.close()
-    return bytes(data)
-
-
-def _read_pieces(fs: fsspec.AbstractFileSystem, path: str, n_bytes: int, deadline: float) -> bytes:
-    """As `_read_async`. Raises TimeoutError where the clock runs out between two pieces."""
-    data = bytearray()
-    if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("no file: a folder, a pipe or a device")  # opening a pipe would wait for ever
-    with fs.open(path, "rb") as file:
-        while len(data) < n_bytes and (piece := file.read(min(PIECE, n_bytes - len(data)))):
-            data += piece
-            if time.monotonic() > deadline:
-                raise TimeoutError
+    with store_errors(uri):
+        data: Any = fs.cat_file(path)
     return bytes(data)
 
 
@@ -265,6 +218,10 @@ def write_errors(uri: str, needed: str = "") -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise InputError(f"{uri}: no space left {needed}".rstrip() + "; free some and run the same command again") from error
         raise InputError(f"{uri}: can't be written: {_cause(error)}") from error
+    except (RaysalError, ValueError, TypeError):
+        raise
+    except Exception as error:  # of the drivers, as in `store_errors`
+        raise RaysalError(f"{uri}: can't be written: {_said(error)}; mend that and run the same command again") from error
 
 
 class _Stream(io.RawIOBase):
@@ -333,16 +290,12 @@ def move(source: str, target: str) -> None:
     """
     fs, path = open_fs(source)
     other = open_fs(target)[1]
-    try:
+    with write_errors(target), contextlib.suppress(FileNotFoundError):
         if isinstance(fs, LocalFileSystem):
             os.replace(path, other)
         elif fs.exists(path):
             fs.copy(path, other)
             fs.rm(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise InputError(f"{target}: can't be written: {_cause(error)}") from error
 
 
 @contextlib.contextmanager
@@ -373,5 +326,6 @@ def locked(folder: str, busy: str) -> Iterator[None]:
 def remove_tree(uri: str) -> None:
     """Deletes a folder and all below it; quietly nothing where there is none."""
     fs, path = open_fs(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with write_errors(uri), contextlib.suppress(FileNotFoundError):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)

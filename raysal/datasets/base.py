@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from raysal.archive.uris import fetch_image, fetch_label
+from raysal.archive.fetch import fetch_image, fetch_label
 from raysal.errors import DataError, ImageError
 from raysal.images.decode import decode_image
 from raysal.images.masks import decode_mask

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raysal.archive.uris import fetch_image, fetch_label, join, write_bytes, write_stream
+from raysal.archive.fetch import fetch_image, fetch_label
+from raysal.archive.uris import join, write_bytes, write_stream
 from raysal.errors import ImageError
 from raysal.export.job import Job, Labelled, parts
 from raysal.images.decode import decode_image, open_image

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from scipy import ndimage
 
-from raysal.errors import ImageError
+from raysal.errors import ImageError, ResourceError
 from raysal.images import products
 
 FORMATS = tuple(p.format for p in (JpegImagePlugin.JpegImageFile, PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile))
@@ -92,7 +92,7 @@ def decode(data: bytes, max_pixels: int, name: str, label: Label = None, max_ban
                 alpha = image if "A" in image.getbands() else image.convert("RGBA")
                 valid_HW &= np.asarray(alpha.getchannel("A")) > 0
             return Decoded(image_HWC, valid_HW)
-    except ImageError:
+    except (ImageError, ResourceError):
         raise
     except MemoryError as error:
         raise ImageError("limit", f"{name}: not enough memory to decode it; lower data.max_pixels") from error

@@ -6,6 +6,7 @@ are there before any pixel is read.
 
 from __future__ import annotations
 
+import errno
 import posixpath
 import re
 import tempfile
@@ -18,7 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from raysal.errors import ImageError
+from raysal.errors import ImageError, ResourceError
 
 PDS3 = (b"PDS_VERSION_ID", b"ODL_VERSION_ID", b"CCSD3ZF", b"NJPL1I00PDS")
 """How a file with an attached PDS3 label begins; the last two are SFDU lines before it."""
@@ -85,6 +86,7 @@ def read_product(data: bytes, label: bytes | None, max_pixels: int, max_bands: i
 
     Raises:
         ImageError: ``limit`` or ``decode``.
+        ResourceError: No space for temporary files, which is not the product's fault.
     """
     if label is not None and len(label) > MAX_LABEL_BYTES:
         raise ImageError("limit", f"{name}: its label has {len(label)} bytes, over {MAX_LABEL_BYTES}; that is no label")
@@ -93,9 +95,15 @@ def read_product(data: bytes, label: bytes | None, max_pixels: int, max_bands: i
         _check(layout, max_pixels, max_bands, len(data), name)
 
     # Both libraries read files. Each product gets a folder of its own, and labels must not point out of it.
-    with tempfile.TemporaryDirectory(prefix="raysal-") as folder:
-        read = _read_vicar if label is None and data.startswith(VICAR) else _read_pds
-        values_BHW, layout = read(Path(folder), data, label, check, name)
+    try:
+        with tempfile.TemporaryDirectory(prefix="raysal-") as folder:
+            read = _read_vicar if label is None and data.startswith(VICAR) else _read_pds
+            values_BHW, layout = read(Path(folder), data, label, check, name)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = tempfile.gettempdir()
+        raise ResourceError(f"{place}: no space left for temporary files; free some, or name another place by TMPDIR") from error
     if values_BHW.shape[-2:] != (layout.height, layout.width):
         raise ImageError("decode", f"{name}: its label says {layout.width} x {layout.height}, its data {values_BHW.shape}; fetch it again")
     valid_BHW = measured(values_BHW)

@@ -14,6 +14,9 @@ from raysal.labels import IGNORE
 PRECISIONS = (0.8, 0.9, 0.95)
 """Shares of right pixels for which thresholds of abstention are stated."""
 
+SUPPORT = 1000
+"""Pixels of a class, of val, that a threshold must keep: a handful that happen to be right promises nothing."""
+
 
 def confusion(pred_BHW: Any, truth_BHW: Any, n: int) -> Tensor:
     """Counts of pixels by true and predicted class.
@@ -133,9 +136,10 @@ class ClassReliability:
         return self.counts.flip(2).cumsum(2).flip(2)
 
     def thresholds(self, precision: float) -> list[float | None]:
-        """Lowest confidence of each class from which its pixels are right as often as wanted; None where no confidence reaches that."""
+        """Lowest confidence of each class from which its pixels are right as often as wanted, by `SUPPORT` pixels or more; None
+        where no confidence reaches that."""
         pixels_CN, right_CN = self.kept()
-        enough_CN = (pixels_CN > 0) & (right_CN >= precision * pixels_CN)
+        enough_CN = (pixels_CN >= SUPPORT) & (right_CN >= precision * pixels_CN)
         n_bins = enough_CN.shape[1]
         return [int(row.int().argmax()) / n_bins if row.any() else None for row in enough_CN]
 

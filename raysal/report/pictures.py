@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from raysal.archive.uris import fetch_image, fetch_label
+from raysal.archive.fetch import fetch_image, fetch_label
 from raysal.errors import ImageError
 from raysal.images.decode import decode_image
 from raysal.images.masks import decode_mask

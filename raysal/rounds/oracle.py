@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
-from raysal.archive.uris import fetch_image
+from raysal.archive.fetch import fetch_image
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import class_pixels
 

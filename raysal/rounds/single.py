@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset
+import pyarrow.compute as pc
 
 from raysal.archive.entries import IMAGES
 from raysal.archive.index import rows_of
-from raysal.archive.tables import manifest_schema, queue_schema, read_table, write_table
-from raysal.archive.uris import exists, join, list_names, open_fs, read_bytes, write_bytes
+from raysal.archive.tables import queue_schema, read_table, write_table
+from raysal.archive.uris import exists, join, list_names, open_fs, read_bytes, store_errors, write_bytes
 from raysal.config import Config, digest_of
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check, class_pixels
@@ -28,12 +28,16 @@ from raysal.rounds.ledger import Ledger, write_json
 from raysal.rounds.loop import Watcher
 from raysal.rounds.preflight import preflight
 from raysal.stream.label import label_pool
-from raysal.stream.pool import Summary
+from raysal.stream.manifest import Manifest
+from raysal.stream.pool import Kept, Summary
 from raysal.train.evaluate import evaluate
 from raysal.train.plan import Plan
 from raysal.train.ray import fetch_checkpoint, fit
 
 PARQUET_MAGIC = b"PAR1"
+
+SETTLED_S = 10.0
+"""A file of a watched folder that is younger may still be being written."""
 
 
 def train_once(cfg: Config, labels: Sequence[str] | None, watcher: Watcher) -> dict:
@@ -181,70 +185,65 @@ def label_archive(
     Yields:
         What each look did; looks that found nothing new are passed over, but for the first.
     """
-    first = True
+    first, kept = True, Kept()
     while True:
         try:
-            summary = label_pool(
-                open_manifest(place),
-                checkpoint_uri,
-                out,
-                cfg,
-                watcher.on_progress,
-                retry_failed=retry_failed and first,
-                replace=replace and first,
-            )
-            if first or summary.done:
-                yield summary
+            images = open_manifest(place)
+            if every_s is not None and isinstance(images, pa.Table):
+                images = _settled(images, min(every_s, SETTLED_S))
+            if isinstance(images, str) or images.num_rows:
+                summary = label_pool(
+                    images,
+                    checkpoint_uri,
+                    out,
+                    cfg,
+                    watcher.on_progress,
+                    retry_failed=retry_failed and first,
+                    replace=replace and first,
+                    kept=kept,
+                )
+                if first or summary.done:
+                    yield summary
+                first = False
         except RaysalError as error:
             if every_s is None or isinstance(error, ConfigError | CheckpointError) or (first and exists(place)):
                 raise
             watcher.on_warning(f"{error}; looking again in {every_s:g} s")
+            first = False
         if every_s is None:
             return
-        first = False
         time.sleep(every_s)
 
 
-def open_manifest(uri: str) -> pa.Table:
-    """A manifest, from any Parquet that names images or from the images under a folder.
+def _settled(images: pa.Table, seconds: float) -> pa.Table:
+    """Without files that were written within so many seconds: they may be half there. The next look finds them."""
+    age_us = pc.subtract(pa.scalar(int(time.time() * 1e6)), images["modified"].cast(pa.int64()))
+    young = pc.and_(pc.greater_equal(age_us, 0), pc.less(age_us, int(seconds * 1e6)))  # a clock that is ahead hides nothing for ever
+    return images.filter(pc.invert(pc.fill_null(young, False)))
 
-    Scores and labels name images too, so that what failed can be fed back. Of a table the columns of a manifest are read; those that
-    it lacks are null, except id and uri.
+
+def open_manifest(uri: str) -> Manifest:
+    """The URI itself where it is Parquet that names images (scores and labels do, so that what failed can be fed back), else the
+    manifest of the images under a folder.
 
     Raises:
-        InputError: There is neither, or the table has no id or uri.
+        InputError: There is neither.
     """
     if not exists(uri):
         raise InputError(f"{uri}: does not exist; give a manifest.parquet or a folder of images")
     fs, path = open_fs(uri)
-    if fs.isfile(path):
-        with fs.open(path, "rb") as file:
-            if file.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
-                raise InputError(f"{uri}: is no Parquet file; give a manifest.parquet or a folder of images")
-        return _manifest_from(uri)
-    if any(p.endswith(".parquet") for p in fs.find(path)):
-        return _manifest_from(uri)
+    with store_errors(uri):
+        if fs.isfile(path):
+            with fs.open(path, "rb") as file:
+                if file.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
+                    raise InputError(f"{uri}: is no Parquet file; give a manifest.parquet or a folder of images")
+            return uri
+        if any(p.endswith(".parquet") for p in fs.find(path)):
+            return uri
     rows = rows_of(uri)
     if not rows.num_rows:
         raise InputError(f"{uri}: holds no image ({', '.join(IMAGES)}) and no manifest")
     return rows
-
-
-def _manifest_from(uri: str) -> pa.Table:
-    try:
-        named = read_table(uri, ["id", "uri"])
-    except InputError as error:
-        raise InputError(f"{error}. A table of images needs the columns id and uri") from error
-    if empty := named["id"].null_count + named["uri"].null_count:
-        raise InputError(f"{uri}: {empty} of its {named.num_rows} rows lack id or uri; fill them in or take them out")
-    fs, path = open_fs(uri)
-    try:  # with a schema given, columns that a file lacks are null and others are not even read (masks, embeddings)
-        source = pyarrow.dataset.dataset(
-            path, schema=manifest_schema(), format="parquet", filesystem=fs, exclude_invalid_files=not fs.isfile(path)
-        )
-        return source.to_table()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{uri}: its columns can't be read as a manifest's ({error}); leave out all but id and uri") from error
 
 
 def count_classes(dataset: Dataset, items: Sequence[Item]) -> np.ndarray:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from raysal.archive.uris import canonical, fetch_image, fetch_label, is_local
+from raysal.archive.fetch import fetch_image, fetch_label
+from raysal.archive.uris import canonical, is_local
 from raysal.errors import ImageError, InputError
 from raysal.images import products
 from raysal.images.decode import FORMATS, SIGNATURES, decode

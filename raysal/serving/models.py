@@ -8,7 +8,8 @@ from functools import cached_property, partial
 import numpy as np
 
 from raysal.answers import Masks, Scores
-from raysal.archive.uris import exists, fetch_image, fetch_label, join, list_names
+from raysal.archive.fetch import fetch_image, fetch_label
+from raysal.archive.uris import exists, join, list_names
 from raysal.config import DataConfig, ScoreConfig
 from raysal.datasets import folder
 from raysal.datasets.synthetic import scene

@@ -14,7 +14,8 @@ import torch
 from rich import filesize
 
 from raysal.config import Config
-from raysal.stream.job import missing_rows, prepare
+from raysal.stream.job import prepare
+from raysal.stream.manifest import Manifest, missing_rows
 from raysal.stream.output import EMPTY
 from raysal.stream.worker import PoolWorker
 
@@ -54,7 +55,7 @@ class Forecast:
 
 def forecast(
     worker: type[PoolWorker],
-    manifest: pa.Table | str,
+    manifest: Manifest,
     checkpoint_uri: str,
     out_uri: str,
     *,

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-import pyarrow as pa
-
 import raysal
 from raysal.answers import Masks, reliability
 from raysal.archive.tables import labels_schema
@@ -17,13 +15,14 @@ from raysal.config import Config
 from raysal.images.masks import encode_mask
 from raysal.model.checkpoint import ModelInfo, read_info
 from raysal.stream.forecast import Forecast, forecast
+from raysal.stream.manifest import Manifest
 from raysal.stream.output import TRUST
-from raysal.stream.pool import Progress, Summary, run_pool
+from raysal.stream.pool import Kept, Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
 
 
 def label_pool(
-    manifest: pa.Table | str,
+    manifest: Manifest,
     checkpoint_uri: str,
     out_uri: str,
     cfg: Config,
@@ -31,6 +30,7 @@ def label_pool(
     rows_per_shard: int | None = None,
     retry_failed: bool = False,
     replace: bool = False,
+    kept: Kept | None = None,
 ) -> Summary:
     """Streams an archive through the model and writes one mask an image (`raysal.archive.tables.labels_schema`).
 
@@ -48,6 +48,7 @@ def label_pool(
         rows_per_shard: Rows of a shard; None chooses.
         retry_failed: Do images again whose row says that they failed.
         replace: Drop rows that another model or configuration left in the folder.
+        kept: Holds the model from one call to the next, where the images are few.
 
     Returns:
         Rows by status, the checkpoint's digest, and the speed.
@@ -70,6 +71,7 @@ def label_pool(
         rows_per_shard=rows_per_shard,
         retry_failed=retry_failed,
         replace=replace,
+        kept=kept,
     )
     statement = trust(info, checkpoint_uri, summary.model_digest, cfg)
     before = json.loads(read_bytes(join(out_uri, TRUST))) if exists(join(out_uri, TRUST)) else {}
@@ -80,7 +82,7 @@ def label_pool(
 
 
 def label_forecast(
-    manifest: pa.Table | str, checkpoint_uri: str, out_uri: str, cfg: Config, retry_failed: bool = False, replace: bool = False
+    manifest: Manifest, checkpoint_uri: str, out_uri: str, cfg: Config, retry_failed: bool = False, replace: bool = False
 ) -> Forecast:
     """What `label_pool` would do and take; changes nothing. Arguments and errors as there."""
     schema = labels_schema(read_info(checkpoint_uri).label_set)

@@ -24,7 +24,7 @@ from raysal.archive.tables import TIME, read_table, write_table
 from raysal.archive.uris import exists, join, list_names, read_bytes, remove_tree, write_bytes
 from raysal.errors import InputError
 from raysal.model.engines import EAGER, Runtime
-from raysal.stream.worker import RUN, STATUSES, shard_name
+from raysal.stream.worker import RUN, STATUSES, require_token, shard_name
 
 SUCCESS = "_SUCCESS"
 """Written last: a folder without it is not a whole output."""
@@ -51,8 +51,8 @@ READERS = 16
 """Shards that are looked into at once; they mostly wait for the store."""
 
 
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""key, status, time and shard of `Held`."""
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""key, status, time, abstained and shard of `Held`."""
 
 
 def made_by(uri: str) -> Runtime:
@@ -63,13 +63,14 @@ def made_by(uri: str) -> Runtime:
 
 @dataclass(frozen=True)
 class Held:
-    """The rows of a folder; 21 bytes a row in memory.
+    """The rows of a folder; 25 bytes a row in memory.
 
     Attributes:
         shards: Names of the files.
         key: uint64 [n], see `keys`.
         status: int8 [n], index into STATUSES.
         time: int64 [n] microseconds, when the row was made.
+        abstained: float32 [n], share of an image's pixels without a class; nan where the row does not say.
         shard: int32 [n], index into shards.
     """
 
@@ -77,6 +78,7 @@ class Held:
     key: np.ndarray
     status: np.ndarray
     time: np.ndarray
+    abstained: np.ndarray
     shard: np.ndarray
 
     @property
@@ -88,8 +90,13 @@ class Held:
         """Rows by status; every status is named."""
         return dict(zip(STATUSES, np.bincount(self.status, minlength=len(STATUSES)).tolist(), strict=True))
 
+    def coverage(self) -> float | None:
+        """Mean over images of the share of their pixels that have a class; None where no row says."""
+        said = self.abstained[np.isfinite(self.abstained)]
+        return float(1 - said.mean(dtype=np.float64)) if len(said) else None
 
-EMPTY = Held((), np.empty(0, np.uint64), np.empty(0, np.int8), np.empty(0, np.int64), np.empty(0, np.int32))
+
+EMPTY = Held((), np.empty(0, np.uint64), np.empty(0, np.int8), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int32))
 
 
 class Output:
@@ -130,7 +137,7 @@ class Output:
             raise InputError(
                 f"{self.uri}: holds {', '.join(others[:3])}, which is no output of scoring or labeling; name an empty or new folder"
             )
-        known = json.loads(read_bytes(join(self.uri, RUN))) if RUN in names else {}
+        known = self._known_run() if RUN in names else {}
         if not names or {k: v for k, v in known.items() if k != "token"} == self.identity:
             return True
         if not replace:
@@ -153,21 +160,28 @@ class Output:
         """Takes the marker away: from here on the folder is unfinished."""
         remove_tree(join(self.uri, SUCCESS))
 
-    def commit(self, summary: dict[str, Any], found: Held) -> None:
+    def commit(self, summary: dict[str, Any], found: Held, token: str) -> None:
         """Lists what failed, remembers what is where, removes what dead processes left, and marks the folder as whole.
 
         Args:
             summary: What the marker says.
             found: The folder's rows as they are now.
+            token: From `claim`.
+
+        Raises:
+            RaysalError: Another run has claimed the folder since; what it wrote stays.
         """
+        require_token(self.uri, token)
         bad = [self._failures(found.shards[shard]) for shard in np.unique(found.shard[~found.good])]
         remove_tree(join(self.uri, FAILED))
         if bad:
             write_table(join(self.uri, FAILED), pa.concat_tables(bad))
         names = pa.DictionaryArray.from_arrays(found.shard, pa.array(found.shards, pa.string()))
-        rows = {"shard": names, "key": found.key, "status": found.status, "time": found.time}
+        rows = {"shard": names, "key": found.key, "status": found.status, "time": found.time, "abstained": found.abstained}
         write_table(join(self.uri, INDEX), pa.table(rows))
-        for name in (n for n in list_names(self.uri) if n not in found.shards and n not in KEPT):
+        strange = [n for n in list_names(self.uri) if n not in found.shards and n not in KEPT]
+        require_token(self.uri, token)  # after the listing: what another run writes from now on is not in it
+        for name in strange:
             remove_tree(join(self.uri, name))
         write_bytes(join(self.uri, SUCCESS), (json.dumps(summary, indent=2) + "\n").encode())
 
@@ -179,7 +193,7 @@ class Output:
         """As `held`, and changes nothing: an id may have two rows."""
         shards = tuple(n for n in list_names(self.uri) if SHARD.match(n))
         known = self._known(shards)
-        seen = {shards[i] for i in np.unique(known[3])}
+        seen = {shards[i] for i in np.unique(known[-1])}
         new = [(i, name) for i, name in enumerate(shards) if name not in seen]
         with ThreadPoolExecutor(READERS) as threads:
             parts = [known, *threads.map(lambda one: self._rows_of(*one), new)]
@@ -188,19 +202,21 @@ class Output:
     def _known(self, shards: tuple[str, ...]) -> Columns:
         """The rows of shards that were there when the last run ended; shards never change."""
         place = {name: i for i, name in enumerate(shards)}
-        if not exists(join(self.uri, INDEX)):
-            return EMPTY.key, EMPTY.status, EMPTY.time, EMPTY.shard
-        table = read_table(join(self.uri, INDEX))
+        table = read_table(join(self.uri, INDEX)) if exists(join(self.uri, INDEX)) else None
+        if table is None or "abstained" not in table.column_names:
+            return EMPTY.key, EMPTY.status, EMPTY.time, EMPTY.abstained, EMPTY.shard
         names = table["shard"].combine_chunks().dictionary_encode() if table.num_rows else None
         there = np.array([place.get(n, -1) for n in (names.dictionary.to_pylist() if names is not None else [])], np.int32)
         shard = there[names.indices.to_numpy()] if names is not None else np.empty(0, np.int32)
-        key, status, time = (table[c].to_numpy()[shard >= 0] for c in ("key", "status", "time"))
-        return key, status, time, shard[shard >= 0]
+        key, status, time, abstained = (table[c].to_numpy()[shard >= 0] for c in ("key", "status", "time", "abstained"))
+        return key, status, time, abstained, shard[shard >= 0]
 
     def _rows_of(self, index: int, shard: str) -> Columns:
-        table = read_table(join(self.uri, shard), ["id", "status", self._time])
+        says = "abstained" in self.schema.names
+        table = read_table(join(self.uri, shard), ["id", "status", self._time, *(["abstained"] if says else [])])
         status = pc.index_in(table["status"], pa.array(STATUSES)).to_numpy().astype(np.int8)
-        return keys(table["id"]), status, table[self._time].cast(pa.int64()).to_numpy(), np.full(len(table), index, np.int32)
+        abstained = table["abstained"].to_numpy().astype(np.float32) if says else np.full(len(table), np.nan, np.float32)
+        return keys(table["id"]), status, table[self._time].cast(pa.int64()).to_numpy(), abstained, np.full(len(table), index, np.int32)
 
     def _shrink(self, shard: str, keep: np.ndarray) -> None:
         """Takes rows out of a shard: the rest under a new name first, then the old file goes. Cut off between, it is done again."""
@@ -208,6 +224,14 @@ class Output:
             table = read_table(join(self.uri, shard)).filter(pa.array(keep))
             write_table(join(self.uri, shard_name(table["id"].to_pylist(), uuid.uuid4().hex)), table.cast(self.schema))
         remove_tree(join(self.uri, shard))
+
+    def _known_run(self) -> dict[str, str]:
+        """What the folder says of its run; nothing where that was lost, so that it is nobody's until --replace."""
+        try:
+            known = json.loads(read_bytes(join(self.uri, RUN)))
+        except ValueError:
+            return {}
+        return known if isinstance(known, dict) else {}
 
     def _difference(self, known: dict[str, str]) -> str:
         if not known:

@@ -22,19 +22,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
-from raysal.archive.uris import exists, is_local, join, open_fs, read_bytes
+from raysal.archive.uris import exists, join, read_bytes
 from raysal.cluster import connected, data_context, score_actors
 from raysal.config import Config
 from raysal.errors import RaysalError
-from raysal.stream import job as jobs
-from raysal.stream.job import among, columns_of, missing_rows, open_parquet, prepare
+from raysal.stream import manifest as manifests
+from raysal.stream.job import among, prepare
+from raysal.stream.manifest import Manifest, missing_rows
 from raysal.stream.output import SUCCESS, keys
 from raysal.stream.worker import STATUSES, PoolWorker, Task
 
@@ -63,6 +63,7 @@ class Summary:
         seconds: From call to return, start-up of actors included.
         images_per_second: done / seconds.
         core_seconds: What this run cost: seconds x cores that it kept busy.
+        coverage: Of masks: mean over all images of the share of their pixels that have a class. None of scores.
     """
 
     rows: int
@@ -75,6 +76,7 @@ class Summary:
     seconds: float
     images_per_second: float
     core_seconds: float
+    coverage: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,12 +84,28 @@ class Summary:
     def __str__(self) -> str:
         counts = ", ".join(f"{n:,} {status}" for status, n in self.counts.items() if n)
         new = f"{self.done:,} of {self.rows:,} images done now, {self.images_per_second:.1f} images/s" if self.done else "nothing new"
-        return f"{counts}; {new}"
+        covered = "" if self.coverage is None else f"; {100 * self.coverage:.1f}% of their pixels have a class"
+        return f"{counts}{covered}; {new}"
+
+
+class Kept:
+    """The worker of this process, kept from one run to the next: however often an archive is looked at, a model is loaded once."""
+
+    def __init__(self) -> None:
+        self._worker: PoolWorker | None = None
+
+    def worker(self, kind: type[PoolWorker], task: Task) -> PoolWorker:
+        """The worker of a task."""
+        if self._worker is None or type(self._worker) is not kind or not self._worker.serves(task):
+            self._worker = None  # the old model goes before the new one comes
+            self._worker = kind(task)
+        self._worker.task = task
+        return self._worker
 
 
 def run_pool(
     worker: type[PoolWorker],
-    manifest: pa.Table | str,
+    manifest: Manifest,
     checkpoint_uri: str,
     out_uri: str,
     *,
@@ -98,12 +116,13 @@ def run_pool(
     rows_per_shard: int | None = None,
     retry_failed: bool = False,
     replace: bool = False,
+    kept: Kept | None = None,
 ) -> Summary:
     """Runs a worker over every image of a manifest that the output does not hold yet.
 
     Args:
         worker: What an actor does with images.
-        manifest: Columns id and uri, and exclude where there are such masks: a table, or the URI of a Parquet file or folder.
+        manifest: The images.
         checkpoint_uri: The model.
         out_uri: A folder of its own.
         schema: Of the output.
@@ -112,6 +131,7 @@ def run_pool(
         rows_per_shard: Rows of a block; None chooses by archive and actors.
         retry_failed: Do images again whose row says that they failed.
         replace: Drop the rows that another model or configuration left in the folder.
+        kept: Holds this process's worker from one call to the next.
 
     Raises:
         InputError: The manifest is empty, lacks a column or names an image twice; out_uri holds something else, or rows of another model
@@ -127,7 +147,7 @@ def run_pool(
     if todo:
         job.output.open()
         task = dataclasses.replace(job.task, token=token)
-        cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress)
+        cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress, kept or Kept())
         held = job.output.held()
     if absent := int(job.missing(held, False)[0].sum()):
         raise RaysalError(
@@ -145,9 +165,10 @@ def run_pool(
         seconds=seconds,
         images_per_second=todo / seconds,
         core_seconds=seconds * cores,
+        coverage=held.coverage(),
     )
     if todo or finished_by(out_uri) is None:
-        job.output.commit(summary.to_dict(), held)
+        job.output.commit(summary.to_dict(), held, token)
     return summary
 
 
@@ -160,12 +181,13 @@ def finished_by(out_uri: str) -> str | None:
 
 def _work(
     worker: type[PoolWorker],
-    manifest: pa.Table | str,
+    manifest: Manifest,
     missing: np.ndarray,
     there: np.ndarray,
     task: Task,
     rows_per_shard: int | None,
     on_progress: Progress | None,
+    kept: Kept,
 ) -> int:
     """Does the missing images of a manifest, here or on Ray. Returns the cores that were kept busy."""
     compute, todo = task.cfg.compute, int(missing.sum())
@@ -176,22 +198,20 @@ def _work(
         actors = min(actors, math.ceil(todo / rows))
         task = dataclasses.replace(task, threads=max(1, (os.cpu_count() or 1 if here else _cores()) // actors))
         if here:
-            _work_here(worker, manifest, missing, task, rows, on_progress)
+            _work_here(kept, worker, missing_rows(manifest, missing), task, rows, on_progress)
         else:
             _stream(worker, lambda: _blocks(manifest, missing, there, rows), task, rows, actors, todo, on_progress)
     return actors * task.threads
 
 
-def _work_here(
-    worker: type[PoolWorker], manifest: pa.Table | str, missing: np.ndarray, task: Task, rows: int, on_progress: Progress | None
-) -> None:
+def _work_here(kept: Kept, worker: type[PoolWorker], images: pa.Table, task: Task, rows: int, on_progress: Progress | None) -> None:
     """A few images in this process, by the worker that actors would be."""
-    tally, threads = _Tally(int(missing.sum()), on_progress), torch.get_num_threads()
+    tally, threads = _Tally(images.num_rows, on_progress), torch.get_num_threads()
+    torch.set_num_threads(task.threads)
     try:
-        work = worker(task)
-        table = missing_rows(manifest, missing)
-        for start in range(0, table.num_rows, rows):
-            tally.add(work(table.slice(start, rows)))
+        work = kept.worker(worker, task)
+        for start in range(0, images.num_rows, rows):
+            tally.add(work(images.slice(start, rows)))
     finally:
         torch.set_num_threads(threads)
 
@@ -244,18 +264,16 @@ class _Tally:
                 self.on_progress(self.counts.total(), self.todo, dict(self.counts))
 
 
-def _blocks(manifest: pa.Table | str, missing: np.ndarray, there: np.ndarray, rows: int) -> Dataset:
+def _blocks(manifest: Manifest, missing: np.ndarray, there: np.ndarray, rows: int) -> Dataset:
     """The missing images of a manifest as blocks of `rows` rows, the last perhaps shorter."""
-    if isinstance(manifest, pa.Table) or missing.sum() <= jobs.IN_MEMORY_ROWS:
+    if isinstance(manifest, pa.Table) or missing.sum() <= manifests.IN_MEMORY_ROWS:
         table = missing_rows(manifest, missing)
         return ray.data.from_arrow([table.slice(start, rows) for start in range(0, table.num_rows, rows)])
-    files = open_parquet(manifest)
-    source = ray.data.read_parquet(files.files, filesystem=None if is_local(manifest) else open_fs(manifest)[0])
-    columns = source.select_columns(columns_of(files))
+    images = manifests.stream(manifest)
     if len(there):
         done = ray.put(there)
-        columns = columns.map_batches(lambda images: _without(images, ray.get(done)), batch_format="pyarrow", batch_size=None)
-    return columns.repartition(target_num_rows_per_block=rows, strict=True)
+        images = images.map_batches(lambda some: _without(some, ray.get(done)), batch_format="pyarrow", batch_size=None)
+    return images.repartition(target_num_rows_per_block=rows, strict=True)
 
 
 def _without(images: pa.Table, done: np.ndarray) -> pa.Table:

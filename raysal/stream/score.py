@@ -15,12 +15,13 @@ from raysal.errors import ConfigError, InputError
 from raysal.model.checkpoint import read_info
 from raysal.query.scores import score_columns
 from raysal.stream.forecast import Forecast, forecast
+from raysal.stream.manifest import Manifest
 from raysal.stream.pool import Progress, Summary, run_pool
 from raysal.stream.worker import Picture, PoolWorker, Row
 
 
 def score_pool(
-    manifest: pa.Table | str,
+    manifest: Manifest,
     checkpoint_uri: str,
     out_uri: str,
     cfg: Config,
@@ -70,7 +71,7 @@ def score_pool(
 
 
 def score_forecast(
-    manifest: pa.Table | str, checkpoint_uri: str, out_uri: str, cfg: Config, retry_failed: bool = False, replace: bool = False
+    manifest: Manifest, checkpoint_uri: str, out_uri: str, cfg: Config, retry_failed: bool = False, replace: bool = False
 ) -> Forecast:
     """What `score_pool` would do and take; changes nothing. Arguments and errors as there."""
     cfg, schema = _settle(cfg, checkpoint_uri, None)

@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from raysal.archive.fetch import fetch_image, fetch_label
 from raysal.archive.tables import write_table
-from raysal.archive.uris import fetch_image, fetch_label, join, open_fs, read_bytes, remove_tree, write_bytes
+from raysal.archive.uris import join, open_fs, read_bytes, remove_tree, write_bytes
 from raysal.config import Config
 from raysal.datasets.base import read_valid
-from raysal.errors import CheckpointError, ImageError, RaysalError
+from raysal.errors import CheckpointError, ImageError, RaysalError, ResourceError
 from raysal.images.decode import decode
 from raysal.model.engines import EAGER, Runtime
 from raysal.model.runtime import Predictor
@@ -46,8 +47,9 @@ FORWARD_PIXELS = 8 * 2**20
 AHEAD_PIXELS, AHEAD_BYTES = 24 * 2**20, 64 * 2**20
 """Largest image and file that threads read ahead of the network; a larger one is read when its turn comes, so that one is in memory."""
 
-HELD_BATCHES = 4
-"""Decoded images an actor holds, in batches: where an archive has many sizes, batches go before they are full."""
+HELD_BATCHES, HELD_PIXELS = 4, 64 * 2**20
+"""Decoded images an actor holds, in batches: where an archive has many sizes, batches go before they are full; and their pixels, at
+four bytes each, once among those that were read ahead and once among those that wait."""
 
 PLAIN_ATTEMPTS = 2
 """Deaths over one block after which it is done image by image, to find the one that kills."""
@@ -139,6 +141,10 @@ class PoolWorker:
         except RaysalError as error:
             self._refusal = error  # goes with the first receipt; raised here, it would only make Ray try again
 
+    def serves(self, task: Task) -> bool:
+        """Whether this is the worker of another run's task, too: the same model, for the same output."""
+        return self._refusal is None and replace(self.task, token=task.token) == task
+
     def start(self) -> None:
         """Loads the model.
 
@@ -203,17 +209,9 @@ class PoolWorker:
             found = self._work(sources) if attempt.plain else self._work_carefully(sources, attempt)
             common = self.common()
             table = pa.Table.from_pylist([{**common, **row} for row in found], schema=self.task.schema)
-            self._check_token()
+            require_token(self.task.out_uri, self.task.token)
             write_table(join(self.task.out_uri, shard), table)
         return shard, Counter(row["status"] for row in found)
-
-    def _check_token(self) -> None:
-        try:
-            owner = json.loads(read_bytes(join(self.task.out_uri, RUN)))["token"]
-        except FileNotFoundError:
-            owner = None
-        if owner != self.task.token:
-            raise RaysalError(f"{self.task.out_uri}: another run took this output over, or removed it; wait for that one, then run again")
 
     def _work(self, sources: Sequence[Source]) -> list[Row]:
         """A row for each source, in order. Images of one size run together; reading goes on while the network works."""
@@ -234,7 +232,10 @@ class PoolWorker:
             waiting[picture.shape_HW].append((place, picture))
             if len(waiting[picture.shape_HW]) >= self._batch(picture.shape_HW):
                 run(picture.shape_HW)
-            elif sum(map(len, waiting.values())) >= HELD_BATCHES * self.cfg.score.batch_size:
+            elif (
+                sum(map(len, waiting.values())) >= HELD_BATCHES * self.cfg.score.batch_size
+                or _pixels(p for held in waiting.values() for _, p in held) >= HELD_PIXELS
+            ):
                 run(max(waiting, key=lambda shape: len(waiting[shape])))
         for shape in list(waiting):
             run(shape)
@@ -271,7 +272,7 @@ class PoolWorker:
         ahead: deque[Future[Picture | ImageError | None]] = deque()
         for source in sources:
             ahead.append(self._readers.submit(self._read, source, AHEAD_PIXELS, AHEAD_BYTES))
-            if len(ahead) > 2 * self.cfg.score.batch_size:
+            while len(ahead) > 2 * self.cfg.score.batch_size or _pixels(f.result() for f in ahead if f.done()) > HELD_PIXELS:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -288,9 +289,16 @@ class PoolWorker:
         except ImageError as error:
             narrowed = most_pixels < data.max_pixels or most_bytes < data.max_bytes
             return None if error.status == "limit" and narrowed else error
+        except ResourceError:
+            raise  # no image's fault: the run stops and says what is missing
         except Exception as error:  # nothing that an image holds may stop the run
             return ImageError("decode", f"{source.uri}: {type(error).__name__}: {error}")
         return Picture(source, found.image_HWC, valid_HW, hashlib.sha256(encoded).hexdigest())
+
+
+def _pixels(read: Iterable[object]) -> int:
+    """Pixels of the pictures among what was read."""
+    return sum(p.valid_HW.size for p in read if isinstance(p, Picture))
 
 
 @dataclass(frozen=True)
@@ -301,6 +309,16 @@ class Tried:
     seconds: float
     bytes_read: int
     bytes_written: int
+
+
+def require_token(out_uri: str, token: str) -> None:
+    """Raises RaysalError where the run with this token does not own an output any more."""
+    try:
+        owner = json.loads(read_bytes(join(out_uri, RUN)))["token"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        owner = None
+    if owner != token:
+        raise RaysalError(f"{out_uri}: another run took this output over, or removed it; wait for that one, then run again")
 
 
 def _sources(block: pa.Table) -> list[Source]:

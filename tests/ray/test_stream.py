@@ -14,7 +14,7 @@ from raysal.answers import embed
 from raysal.archive.tables import read_table, scores_schema, write_table
 from raysal.labels import S5MARS
 from raysal.model.checkpoint import digest_at
-from raysal.stream import job
+from raysal.stream import manifest as manifests
 from raysal.stream.score import score_pool
 from tests.ray.scenes import DIM, SCORES, assert_same_scores, by_id, configured, manifest_at
 
@@ -71,7 +71,7 @@ def test_a_manifest_too_long_for_memory_is_streamed_to_the_same_scores(  # type:
     manifest = manifest_at(archive)
     write_table(str(tmp_path / "manifest" / "a.parquet"), manifest.slice(0, 20))
     write_table(str(tmp_path / "manifest" / "b.parquet"), manifest.slice(20))
-    monkeypatch.setattr(job, "IN_MEMORY_ROWS", 10)
+    monkeypatch.setattr(manifests, "IN_MEMORY_ROWS", 10)
     out = tmp_path / "out"
     score_pool(str(tmp_path / "manifest"), checkpoint, str(out), configured(), rows_per_shard=9)
     assert sorted(read_table(str(p)).num_rows for p in out.glob("part-*.parquet")) == [6, 9, 9, 9, 9]

@@ -29,7 +29,7 @@ from raysal.model.checkpoint import ModelInfo, digest_at, save
 from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
 from raysal.query.scores import score_images
-from raysal.stream import job, pool
+from raysal.stream import manifest as manifests, pool
 from raysal.stream.label import label_pool
 from raysal.stream.pool import run_pool
 from raysal.stream.score import ScoreImages, score_pool
@@ -341,7 +341,7 @@ def test_images_named_twice_in_a_streamed_manifest_end_the_run(
 ) -> None:
     manifest = manifest_at(archive).slice(0, 6)
     write_table(str(tmp_path / "manifest.parquet"), pa.concat_tables([manifest, manifest]))
-    monkeypatch.setattr(job, "IN_MEMORY_ROWS", 1)
+    monkeypatch.setattr(manifests, "IN_MEMORY_ROWS", 1)
     with pytest.raises(InputError, match="6 of 12 ids repeat"):
         score_pool(str(tmp_path / "manifest.parquet"), checkpoint, str(tmp_path / "out"), configured(score_actors=1), rows_per_shard=6)
 

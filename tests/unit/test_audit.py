@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from raysal.model.audit import LEAST_IMAGES, class_iou, estimate, pool_confusion
-from raysal.model.metrics import ClassReliability, iou
+from raysal.model.metrics import SUPPORT, ClassReliability, iou
 
 COUNTS = arrays(np.int64, st.tuples(st.integers(5, 8), st.just(5), st.just(4)), elements=st.integers(0, 1000))
 """Images, truth (the last one: left blank), prediction."""
@@ -92,9 +92,9 @@ def test_no_image_is_refused():
 
 def test_thresholds_reach_the_precision_that_was_asked_for():
     generator = torch.Generator().manual_seed(0)
-    confidence = torch.rand(1, 100, 100, generator=generator)
-    predicted = torch.randint(0, 2, (1, 100, 100), generator=generator)
-    right = torch.rand(1, 100, 100, generator=generator) < confidence  # calibrated: as right as it is sure
+    confidence = torch.rand(1, 200, 200, generator=generator)
+    predicted = torch.randint(0, 2, (1, 200, 200), generator=generator)
+    right = torch.rand(1, 200, 200, generator=generator) < confidence  # calibrated: as right as it is sure
     truth = torch.where(right, predicted, 1 - predicted)
     truth[0, :5] = 255
     reliability = ClassReliability(3)
@@ -109,6 +109,18 @@ def test_thresholds_reach_the_precision_that_was_asked_for():
     entry = reliability.to_dict(["a", "b", "c"])[1]
     assert entry["precision"] == 0.9 and entry["reached"]["c"] is None and entry["kept"]["c"] is None
     assert entry["kept_of_all"] == pytest.approx(0.2, abs=0.05)
+
+
+def test_a_handful_of_right_pixels_is_no_threshold():
+    reliability = ClassReliability(2)
+    for n, confidence, right in ((SUPPORT - 1, 0.95, True), (SUPPORT, 0.6, False)):
+        for predicted in (0, 1):
+            if predicted == 0 or right:
+                truth = torch.full((1, n, 1), predicted if right else 1 - predicted)
+                reliability.add(torch.full((1, n, 1), predicted), torch.full((1, n, 1), confidence), truth)
+    assert reliability.thresholds(0.9) == [None, None]
+    reliability.add(*(torch.tensor([[[value]]]) for value in (1, 0.95, 1)))
+    assert reliability.thresholds(0.9) == [None, 0.0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1), st.sampled_from([0, 1, 255])), min_size=1, max_size=40))

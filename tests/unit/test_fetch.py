@@ -6,29 +6,37 @@ import http.server
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from raysal.archive.uris import fetch_image, fetch_label
-from raysal.errors import ImageError
+from raysal.archive import fetch
+from raysal.archive.fetch import fetch_image, fetch_label
+from raysal.archive.tables import read_table
+from raysal.archive.uris import exists, list_names, read_bytes, write_bytes
+from raysal.errors import ImageError, RaysalError
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
-    """``/drip`` sends a byte at a time, ``/hang`` nothing, ``/endless`` never stops, ``/403`` refuses, ``/a.xml`` is there."""
+    """``/drip`` sends a byte at a time, ``/hang`` nothing, ``/endless`` never stops, ``/403`` refuses, ``/a.xml`` is there,
+    ``/busy`` is once it was asked twice, ``/shut`` tells nobody what is there."""
 
     def do_GET(self) -> None:
-        if self.path == "/403.jpg":
+        if self.path == "/403.jpg" or (self.path.startswith("/shut/") and self.path != "/shut/a.LBL"):
             return self.send_error(403)
-        if self.path not in ("/drip.jpg", "/hang.jpg", "/endless.jpg", "/a.xml"):
+        if self.path == "/busy.jpg":
+            self.server.asked += 1
+            if self.server.asked < 3:
+                return self.send_error(503)
+        if self.path not in ("/drip.jpg", "/hang.jpg", "/endless.jpg", "/a.xml", "/busy.jpg", "/shut/a.LBL"):
             return self.send_error(404)
         self.send_response(200)
         self.end_headers()
         try:
-            if self.path == "/a.xml":
+            if self.path in ("/a.xml", "/busy.jpg", "/shut/a.LBL"):
                 self.wfile.write(b"<label/>")
             while self.path == "/endless.jpg":
                 self.wfile.write(bytes(2**16))
@@ -46,7 +54,7 @@ class Slow(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def slow() -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    server.daemon_threads, server.over = True, threading.Event()
+    server.daemon_threads, server.over, server.asked = True, threading.Event(), 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.over.set()
@@ -80,6 +88,30 @@ def test_what_a_server_refuses_is_a_fetch(slow: str, file: str) -> None:
 def test_labels_are_found_over_http(slow: str) -> None:
     pytest.importorskip("aiohttp")
     assert fetch_label(f"{slow}/a.raw") == b"<label/>" and fetch_label(f"{slow}/b.raw") is None
+
+
+def test_a_server_that_was_busy_is_asked_again(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(fetch, "PAUSES", (0.01, 0.01, 0.01))
+    assert fetch_image(f"{slow}/busy.jpg", 100) == b"<label/>"
+
+
+def test_labels_are_looked_for_where_a_store_does_not_tell_what_is_missing(slow: str) -> None:
+    """As S3 does without the right to list: 403 for what is not there."""
+    pytest.importorskip("aiohttp")
+    assert fetch_label(f"{slow}/shut/a.IMG") == b"<label/>"
+    assert fetch_label(f"{slow}/shut/b.IMG") is None
+
+
+@pytest.mark.parametrize("what", [exists, list_names, read_bytes, read_table, lambda uri: write_bytes(uri, b"x")])
+def test_a_store_that_is_not_there_is_one_line(what: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers raise types of their own, which nobody should see."""
+    pytest.importorskip("s3fs")
+    monkeypatch.setattr(fsspec.config, "conf", {"s3": {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s"}})
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.get_filesystem_class("s3").retries = 1
+    with pytest.raises(RaysalError, match=r"s3://bucket/a.*run the same command again"):
+        what("s3://bucket/a.parquet")
 
 
 def test_s3_gives_whole_files_labels_and_limits(s3: str) -> None:

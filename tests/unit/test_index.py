@@ -19,7 +19,7 @@ from raysal.archive.tables import manifest_schema, read_table
 from raysal.archive.uris import absolute, list_names, open_fs, read_bytes, remove_tree, write_bytes
 from raysal.errors import InputError, ResourceError
 from raysal.rounds.single import open_manifest
-from raysal.stream.job import _check_manifest
+from raysal.stream.manifest import read
 from tests.manifests import NAVCAM, fill, record, uris
 
 
@@ -75,9 +75,9 @@ def test_a_group_is_what_shows_the_same_ground(tmp_path: Path, name: str, group:
 
 def test_a_manifest_is_what_scoring_and_labeling_read(archive: str, out: str) -> None:
     index([archive], out)
-    assert open_manifest(out).select(["id", "uri"]).equals(read_table(out, ["id", "uri"]))
-    table, wanted = _check_manifest(out)
+    table, wanted = read(open_manifest(out))
     assert len(wanted) == 3 and isinstance(table, pa.Table) and table["uri"].to_pylist() == uris(out)
+    assert table.equals(read_table(out, ["id", "uri", "exclude"]).replace_schema_metadata())
 
 
 def test_a_folder_that_is_scored_without_an_index_gives_the_same_rows(archive: str, out: str) -> None:

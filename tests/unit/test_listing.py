@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from raysal.archive import listing
+from raysal.archive import fetch, listing
 from raysal.archive.entries import Tally
+from raysal.archive.fetch import fetch_image
+from raysal.archive.index import index
 from raysal.archive.listing import open_place
-from raysal.archive.uris import canonical, fetch_image, write_bytes
+from raysal.archive.uris import canonical, write_bytes
 from raysal.errors import InputError, RaysalError
 from tests.manifests import listed
 
@@ -41,10 +43,14 @@ IMAGES = sorted(name for name, is_image in ARCHIVE.items() if is_image)
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Pages of links, and two folders that are refused."""
+    """Pages of links, and two folders that are refused; while it is busy, it tells of no file."""
+
+    busy = False
 
     def do_GET(self) -> None:
-        if "refused" in self.path:
+        if self.busy and not self.path.endswith("/"):
+            self.send_error(503)
+        elif "refused" in self.path:
             self.send_error(403)
         elif "gone" in self.path:
             self.send_error(404)
@@ -52,8 +58,8 @@ class Server(http.server.SimpleHTTPRequestHandler):
             super().do_GET()
 
     def do_HEAD(self) -> None:
-        if "unasked" in self.path:
-            self.send_error(500)
+        if "unasked" in self.path or self.busy:
+            self.send_error(503)
         else:
             super().do_HEAD()
 
@@ -228,6 +234,22 @@ def test_a_page_names_a_file_whose_size_nobody_tells(web: tuple[Path, str]) -> N
     entries, tally = listed(url)
     assert [(e.uri.rpartition("/")[2], e.size) for e in entries] == [("b.jpg", 5), ("unasked_refused.jpg", None)]
     assert tally.unreadable == 0
+
+
+def test_files_of_a_busy_server_are_as_they_were(web: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not changed, and not gone: nothing is done again, or taken out, because a server was too busy to tell of a file."""
+    monkeypatch.setattr(fetch, "PAUSES", (0.01,))
+    root, url = web
+    fill(root, {"a/1.jpg": True, "a/2.jpg": True})
+    (root / "a/index.html").write_text('<a href="1.jpg">1</a><a href="2.jpg">2</a>')
+    out = str(tmp_path / "manifest")
+    assert index([f"{url}/a/"], out).new == 2
+    monkeypatch.setattr(Server, "busy", True)
+    busy = index([f"{url}/a/"], out, prune=True)
+    assert (busy.rows, busy.changed, busy.gone, busy.unreadable) == (2, 0, 0, 2) and "503" in busy.examples[0]
+    monkeypatch.setattr(Server, "busy", False)
+    again = index([f"{url}/a/"], out)
+    assert (again.same, again.changed, again.unreadable) == (2, 0, 0)
 
 
 def test_links_that_sort_a_page_or_lead_elsewhere_are_no_files(web: tuple[Path, str]) -> None:

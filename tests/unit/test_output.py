@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from raysal.archive.tables import labels_schema, read_table
 from raysal.errors import InputError, RaysalError
 from raysal.stream.output import FAILED, INDEX, SUCCESS, Output, keys
-from raysal.stream.worker import RUN, PoolWorker, Task, shard_name
-from tests.helpers import tiny
+from raysal.stream.worker import RUN, require_token, shard_name
 
 MINE = {"kind": "LabelImages", "model_digest": "a" * 64, "config_digest": "b" * 64}
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -69,12 +68,12 @@ def test_a_process_that_died_between_two_files_left_nothing_that_is_lost_or_doub
 
 def test_a_whole_output_is_marked_lists_what_failed_and_is_read_quickly_again(tmp_path: Path) -> None:
     mine = output(tmp_path)
-    mine.claim(replace=False)
+    token = mine.claim(replace=False)
     kept, _ = shard(tmp_path, [1, 2], 0), shard(tmp_path, [3, 4], 0, "decode")
     (tmp_path / f"part-{'0' * 24}.parquet.1234.tmp").write_text("half")
     held = mine.held()
     assert held.counts() == {"ok": 2, "fetch": 0, "decode": 2, "limit": 0, "model": 0}
-    mine.commit({"rows": 4}, held)
+    mine.commit({"rows": 4}, held, token)
     assert json.loads((tmp_path / SUCCESS).read_text()) == {"rows": 4}
     failed = read_table(str(tmp_path / FAILED)).to_pylist()
     assert [(row["id"], row["status"], row["error"]) for row in failed] == [(f"{i:032x}", "decode", "a reason") for i in (3, 4)]
@@ -108,12 +107,46 @@ def test_rows_of_two_models_never_mix(tmp_path: Path) -> None:
 
 def test_a_process_that_outlived_its_run_writes_nothing(tmp_path: Path) -> None:
     token = output(tmp_path).claim(replace=False)
-    worker = object.__new__(PoolWorker)
-    worker.task = Task(tiny("unused"), "unused", "unused", str(tmp_path), labels_schema(), "cpu", 1, token)
-    worker._check_token()
+    require_token(str(tmp_path), token)
     output(tmp_path).claim(replace=False)  # the next run
     with pytest.raises(RaysalError, match="another run took this output over"):
-        worker._check_token()
+        require_token(str(tmp_path), token)
     (tmp_path / RUN).unlink()
     with pytest.raises(RaysalError, match="or removed it"):
-        worker._check_token()
+        require_token(str(tmp_path), token)
+
+
+def test_a_run_that_was_overtaken_deletes_nothing_of_the_next_one(tmp_path: Path) -> None:
+    first = output(tmp_path)
+    token = first.claim(replace=False)
+    shard(tmp_path, [1, 2], 0)
+    held = first.held()
+    output(tmp_path).claim(replace=False)  # the next run, whose shard the first does not know
+    theirs = shard(tmp_path, [3, 4], 1, token="next")
+    with pytest.raises(RaysalError, match="another run took this output over"):
+        first.commit({"rows": 2}, held, token)
+    assert theirs.exists() and not (tmp_path / SUCCESS).exists()
+
+
+def test_who_a_folder_belongs_to_may_be_lost_but_is_not_guessed(tmp_path: Path) -> None:
+    output(tmp_path).claim(replace=False)
+    kept = shard(tmp_path, [1], 0)
+    for damaged in ("{", "[]", ""):
+        (tmp_path / RUN).write_text(damaged)
+        with pytest.raises(InputError, match="nobody knows the model; name another folder, or drop its rows with --replace"):
+            output(tmp_path).claim(replace=False)
+    assert kept.exists()
+
+
+def test_coverage_is_the_mean_share_of_pixels_that_have_a_class(tmp_path: Path) -> None:
+    mine = output(tmp_path)
+    token = mine.claim(replace=False)
+    assert mine.held().coverage() is None
+    for n, shares in enumerate(([0.0, 0.5], [1.0, None])):
+        path = shard(tmp_path, [2 * n, 2 * n + 1], 0)
+        table = pq.read_table(path)
+        place = table.schema.get_field_index("abstained")
+        pq.write_table(table.set_column(place, "abstained", pa.array(shares, pa.float32())), path)
+    assert mine.held().coverage() == pytest.approx(0.5)
+    mine.commit({}, mine.held(), token)
+    assert mine.held().coverage() == pytest.approx(0.5)  # from the index

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from raysal.archive.uris import fetch_image, fetch_label
+from raysal.archive.fetch import fetch_image, fetch_label
 from raysal.errors import ImageError
 from raysal.images.decode import black_border, decode, stretch
 from raysal.images.products import read_product

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysal import config as configs
-from raysal.archive.tables import labels_schema, manifest_schema, scores_schema, write_table
+from raysal.archive.tables import labels_schema, scores_schema, write_table
 from raysal.datasets.base import Item
 from raysal.errors import DataError, InputError
 from raysal.rounds.oracle import LABELS_SCHEMA
 from raysal.rounds.single import _named, open_manifest, query_scores
+from raysal.stream.manifest import read
 
 POOL = tuple(Item(f"{name}.jpg", f"/archive/{name}.jpg") for name in "abcdef")
 
@@ -36,31 +37,34 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def taken(uri: Path) -> list[dict]:
+    table, _ = read(open_manifest(str(uri)))
+    assert isinstance(table, pa.Table)
+    return table.to_pylist()
+
+
 # --- manifests --------------------------------------------------------------------------------------------------------
 
 
 def test_scores_and_labels_are_fed_back(tmp_path: Path) -> None:
-    """Also from several files; masks, scores and embeddings stay out, what a manifest has beyond is null."""
+    """Also from several files; masks, scores and embeddings stay out, and of no image pixels are excluded."""
     schema = scores_schema(("entropy",), 4)
     write_table(str(tmp_path / "scores/part-0.parquet"), pa.Table.from_pylist(rows("a", status="fetch", error="gone"), schema=schema))
     write_table(str(tmp_path / "scores/part-1.parquet"), pa.Table.from_pylist(rows("b", status="ok"), schema=schema))
     (tmp_path / "scores/_SUCCESS").write_text("{}")
     write_table(str(tmp_path / "labels.parquet"), pa.Table.from_pylist(rows("c", mask_png=b"x" * 99), schema=labels_schema()))
     for uri, names in (("scores", "ab"), ("scores/part-0.parquet", "a"), ("labels.parquet", "c")):
-        table = open_manifest(str(tmp_path / uri))
-        assert table.schema.equals(manifest_schema())
-        assert table.select(["id", "uri"]).to_pylist() == rows(*names)
-        assert set(table["size"].to_pylist()) == set(table["exclude"].to_pylist()) == {None}
+        assert taken(tmp_path / uri) == [row | {"exclude": None} for row in rows(*names)]
 
 
 def test_a_foreign_table_with_id_and_uri_will_do(tmp_path: Path) -> None:
-    """Other types of text, columns in another order, a stranger's columns, and a manifest's own, which are kept."""
-    table = pa.table({"stars": [5, 4], "uri": pa.array(["/1.jpg", "/2.jpg"], pa.large_string()), "id": [1, 2], "group": ["x", "y"]})
+    """Other types of text, columns in another order, and a stranger's columns."""
+    uris = pa.array(["/1.jpg", "/2.jpg"], pa.large_string())
+    table = pa.table({"stars": [5, 4], "uri": uris, "id": [1, 2], "exclude": [[], ["/no.png"]], "sol": ["Monday", "Tuesday"]})
     pq.write_table(table, tmp_path / "mine.parquet")
-    read = open_manifest(str(tmp_path / "mine.parquet")).select(["id", "uri", "group", "sol"]).to_pylist()
-    assert read == [
-        {"id": "1", "uri": "/1.jpg", "group": "x", "sol": None},
-        {"id": "2", "uri": "/2.jpg", "group": "y", "sol": None},
+    assert taken(tmp_path / "mine.parquet") == [
+        {"id": "1", "uri": "/1.jpg", "exclude": []},
+        {"id": "2", "uri": "/2.jpg", "exclude": ["/no.png"]},
     ]
 
 
@@ -68,20 +72,20 @@ def test_a_foreign_table_with_id_and_uri_will_do(tmp_path: Path) -> None:
 def test_a_table_without_id_or_uri_is_refused(tmp_path: Path, column: str) -> None:
     pq.write_table(pa.table({column: ["x"], "other": ["y"]}), tmp_path / "t.parquet")
     missing = {"id": "uri", "uri": "id"}[column]
-    with pytest.raises(InputError, match=f"t.parquet.*without column {missing}; it has {column}, other.*needs the columns id and uri"):
-        open_manifest(str(tmp_path / "t.parquet"))
+    with pytest.raises(InputError, match=f"t.parquet.*no column {missing}, it has {column}, other.*needs the columns id and uri"):
+        taken(tmp_path / "t.parquet")
 
 
 def test_rows_that_name_no_image_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["1", None], "uri": ["/1.jpg", "/2.jpg"]}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match="1 of its 2 rows lack id or uri"):
-        open_manifest(str(tmp_path / "t.parquet"))
+        taken(tmp_path / "t.parquet")
 
 
 def test_a_column_of_another_meaning_is_named(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"id": ["1"], "uri": ["/1.jpg"], "sol": ["Tuesday"]}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match="Tuesday"):
-        open_manifest(str(tmp_path / "t.parquet"))
+    pq.write_table(pa.table({"id": ["1"], "uri": ["/1.jpg"], "exclude": ["Tuesday"]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet: can't be read as a manifest .*list"):
+        taken(tmp_path / "t.parquet")
 
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
@@ -91,7 +95,15 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         open_manifest(str(tmp_path / "photo.jpg"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="not a whole Parquet file"):
-        open_manifest(str(tmp_path / "cut.parquet"))
+        taken(tmp_path / "cut.parquet")
+
+
+def test_a_damaged_file_among_whole_ones_is_named(tmp_path: Path) -> None:
+    for n in range(2):
+        pq.write_table(pa.table({"id": [f"{n}"], "uri": [f"/{n}.jpg"]}), tmp_path / f"{n}.parquet")
+    (tmp_path / "1.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match=r"can't be read as a manifest.*1\.parquet"):
+        taken(tmp_path)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -20,13 +23,16 @@ from PIL import Image
 from raysal.archive.tables import read_table
 from raysal.config import Config, RuntimeConfig, build
 from raysal.datasets.synthetic import write_archive
-from raysal.errors import InputError
+from raysal.errors import InputError, ResourceError
 from raysal.images.masks import decode_mask
 from raysal.labels import IGNORE, S5MARS
 from raysal.model.checkpoint import ModelInfo, save
 from raysal.model.metrics import ClassReliability
 from raysal.model.network import TwoBranch
-from raysal.rounds.single import open_manifest
+from raysal.model.runtime import Predictor
+from raysal.rounds import single
+from raysal.rounds.loop import Watcher
+from raysal.rounds.single import label_archive, open_manifest
 from raysal.stream.label import TRUST, label_forecast, label_pool
 from raysal.stream.score import score_forecast, score_pool
 from tests.unit import test_products as products
@@ -176,6 +182,49 @@ def test_new_images_are_labelled_while_a_place_is_watched(place: Path, tmp_path:
         process.terminate()
         process.communicate(timeout=240)
     assert told() == 3
+
+
+def test_a_watched_place_loads_the_model_once_and_leaves_files_that_are_being_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, scenes, loads = tmp_path / "inbox", sorted((place / "archive" / "images").iterdir()), []
+    inbox.mkdir()
+    monkeypatch.setattr(Predictor, "load", lambda *args, load=Predictor.load: loads.append(1) or load(*args))
+    looks = label_archive(str(inbox), str(place / "checkpoint"), str(tmp_path / "labels"), configured(), Watcher(), every_s=60)
+
+    def arrive(*ages: tuple[int, float]) -> None:
+        for scene, seconds in ages:
+            shutil.copy(scenes[scene], inbox)
+            os.utime(inbox / scenes[scene].name, (time.time() - seconds,) * 2)
+
+    # While nothing is looked at, files come; the clock of the third one's writer is ahead, the fourth is still growing.
+    pauses = iter([lambda: arrive((1, 900), (2, -900), (3, 0)), lambda: arrive((3, 900)), lambda: None])
+    monkeypatch.setattr(single, "time", SimpleNamespace(time=time.time, sleep=lambda _: next(pauses)()))
+    arrive((0, 900))
+    assert [(look.done, look.rows) for look in islice(looks, 3)] == [(1, 1), (2, 3), (1, 4)]
+    assert len(loads) == 1
+
+
+def test_images_over_a_limit_are_done_in_the_same_folder_once_it_is_raised(place: Path, tmp_path: Path) -> None:
+    out, model, cfg = str(tmp_path / "labels"), str(place / "checkpoint"), configured()
+    narrow = cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_pixels": 32 * 32 - 1})})
+    assert label_pool(images(place), model, out, narrow).counts["limit"] == IMAGES
+    assert label_pool(images(place), model, out, cfg).done == 0
+    again = label_pool(images(place), model, out, cfg, retry_failed=True)
+    assert (again.done, again.counts["ok"]) == (IMAGES, IMAGES)
+    other = cfg.model_copy(update={"data": cfg.data.model_copy(update={"black_border": not cfg.data.black_border})})
+    with pytest.raises(InputError, match="another run"):
+        label_pool(images(place), model, out, other)
+
+
+def test_a_full_disk_for_temporary_files_is_no_images_fault(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    (archive / "attached.IMG").write_bytes(products.attached(np.ones((40, 36), ">i2")))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(ResourceError, match="no space left for temporary files; free some, or name another place by TMPDIR"):
+        label_pool(open_manifest(str(archive)), str(place / "checkpoint"), str(tmp_path / "labels"), configured())
 
 
 def test_archive_products_get_masks_at_their_size_and_no_data_abstains(place: Path, tmp_path: Path) -> None:
