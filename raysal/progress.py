@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from raysal.config import Config
-from raysal.report.words import duration
+from raysal.words import duration
 
 if TYPE_CHECKING:
     from raysal.rounds.loop import Outcome, Watcher

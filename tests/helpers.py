@@ -23,7 +23,7 @@ TINY: dict = {
     "name": "tiny",
     "data": {"synthetic": {"images": 24, "val_images": 4, "size_px": 32}},
     "augment": {"crop_px": 32, "scale": [0.8, 1.2]},
-    "model": {"arch": "Unet", "encoder": "resnet18"},
+    "model": {"arch": "Unet", "encoder": "tu-mobilenetv3_small_050"},
     "cps": {"weight": 1.0},
     "optim": {"name": "adamw", "lr": 1e-3},
     "train": {"steps": 12, "batch_labeled": 2, "batch_unlabeled": 2, "checkpoint_every": 3, "eval_every": 0, "log_every": 1},

@@ -91,7 +91,7 @@ def write(folder: Path, schema: pa.Schema, kind: str, time: str, rows: list[dict
     if finished:
         held = output.held()
         summary = Summary(len(rows), len(rows), 0, held.counts(), MODEL, "cd34" * 16, "eager float32", 12.5, len(rows) / 12.5, 25.0)
-        output.commit(summary.to_dict(), held)
+        output.commit(summary.to_dict(), held, token)
 
 
 def evaluation() -> tuple[ClassReliability, dict]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from raysal.archive.uris import absolute, exists, join, list_names, read_bytes
 from raysal.config import DataConfig
-from raysal.errors import DataError, InputError
+from raysal.errors import DataError
 from raysal.labels import LABEL_SETS, LabelSet
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
@@ -45,14 +45,9 @@ def names_in(uri: str) -> list[str]:
     """Sorted names under a folder without hidden ones, from one listing; empty where there is no such folder.
 
     Raises:
-        DataError: The store refuses (rights, credentials, network).
+        RaysalError: The store refuses (rights, credentials, network).
     """
-    try:
-        return [n for n in list_names(uri) if not n.startswith(".")]
-    except InputError:
-        raise
-    except Exception as error:  # drivers of object stores raise their own types
-        raise DataError(f"{uri}: can't be listed ({type(error).__name__}: {error}); check rights, credentials and network") from error
+    return [n for n in list_names(uri) if not n.startswith(".")]
 
 
 def files_by_stem(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, str]:
@@ -103,9 +98,7 @@ def read_text(uri: str, fix: str) -> str:
         raise DataError(f"{uri}: there is no such file; {fix}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{uri}: is not UTF-8 text ({error.reason} at byte {error.start}); {fix}") from error
-    except InputError:
-        raise
-    except Exception as error:  # drivers of object stores raise their own types
+    except OSError as error:
         raise DataError(f"{uri}: can't be read ({type(error).__name__}: {error}); check rights, credentials and network") from error
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from raysal.archive.uris import join, list_names
 from raysal.labels import LabelSet
-from raysal.report.gather import Json, Round, Run, number, rows
+from raysal.report.gather import Json, Round, Run, rows
 from raysal.report.pictures import Limits, fetch_small, in_threads, overlay, under_mask
+from raysal.words import number
 
 THUMBS = 24
 """Most thumbnails a round."""

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from raysal.archive.uris import join, write_bytes
 from raysal.labels import LabelSet
 from raysal.report import figures
-from raysal.report.gather import Json, Notes, mapping, number
+from raysal.report.gather import Json, Notes, mapping
 from raysal.report.pictures import png_uri
 from raysal.report.theme import DARK, LIGHT, Theme, png
+from raysal.words import number
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from raysal.report.examples import Example, Examples
 from raysal.report.pictures import heat, shrink
 from raysal.report.sections import Desk
 from raysal.report.theme import FULL, LIGHT, Theme, figure, plain, png
-from raysal.report.words import percent, significant
+from raysal.words import percent, significant
 
 
 def write_sheets(desk: Desk, seen: Examples | None, asked: list[Request], masks: list[Labeled]) -> None:

@@ -21,6 +21,7 @@ from raysal.config import Config
 from raysal.labels import LABEL_SETS, S5MARS, LabelSet
 from raysal.model.checkpoint import read_info
 from raysal.train.logs import read_log
+from raysal.words import number
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -125,16 +126,6 @@ class Run(Notes):
     @property
     def finished(self) -> tuple[Round, ...]:
         return tuple(r for r in self.rounds if r.finished)
-
-
-def number(value: object) -> float:
-    """A finite float, or NaN for anything else (null, text, infinity)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        return math.nan
-    try:
-        return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:  # JSON's integers have no end
-        return math.nan
 
 
 def mapping(value: object) -> Json:

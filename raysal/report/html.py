@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raysal.labels import LabelSet
 from raysal.report.pictures import heat, jpeg_uri, mask_uri
-from raysal.report.words import duration, percent, significant
+from raysal.words import duration, percent, significant
 
 
 def render(template: str, classes: LabelSet, context: Mapping[str, Any]) -> str:

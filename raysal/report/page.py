@@ -18,9 +18,10 @@ from raysal.report.asked import Labeled, pool_masks, requests
 from raysal.report.charts import thresholds
 from raysal.report.examples import Examples, examples
 from raysal.report.gallery import write_sheets
-from raysal.report.gather import Run, label_set, mapping, number, read_run, rows
+from raysal.report.gather import Run, label_set, mapping, read_run, rows
 from raysal.report.pictures import Limits, overlay
 from raysal.report.sections import SECTIONS, Desk, full_miou, labels_of, rates, times
+from raysal.words import number
 
 REASONS_SHOWN = 5
 HERO_LEAST_PX = 380

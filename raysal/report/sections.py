@@ -11,7 +11,8 @@ import numpy as np
 from raysal.report import figures
 from raysal.report.asked import bought_images, bought_pixels
 from raysal.report.charts import Chart, Easel, audited, measured
-from raysal.report.gather import Round, Run, mapping, mean_fractions, number, numbers, rows
+from raysal.report.gather import Round, Run, mapping, mean_fractions, numbers, rows
+from raysal.words import number
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from raysal.archive.tables import label_set_in, read_schema, scan_table
 from raysal.archive.uris import is_local, join, list_names
 from raysal.errors import InputError
 from raysal.labels import LABEL_SETS, LabelSet
-from raysal.report.gather import Json, Notes, mapping, number, read_json, stand_in
+from raysal.report.gather import Json, Notes, mapping, read_json, stand_in
 from raysal.report.places import Groups, Places
 from raysal.report.tally import Extremes, Histogram, Kinds, Shares
 from raysal.stream.output import READERS, SUCCESS, TRUST
 from raysal.stream.worker import RUN
+from raysal.words import number
 
 HEAD = ("id", "uri", "status", "error", "width", "height")
 LABELS = (*HEAD, "confidence", "abstained", "class_fractions", "model_digest", "raysal_version", "labeled_at")

@@ -17,12 +17,13 @@ from raysal.errors import InputError
 from raysal.report import html
 from raysal.report.charts import thresholds
 from raysal.report.gallery import write_tiles
-from raysal.report.gather import Json, mapping, number
+from raysal.report.gather import Json, mapping
 from raysal.report.pictures import Limits, fetch_small, in_threads, overlay, under_mask
 from raysal.report.places import from_manifest
 from raysal.report.survey import Progress, Shown, Survey, survey
 from raysal.report.survey_sections import Table, distributions, map_of, trust
 from raysal.stream.output import SUCCESS
+from raysal.words import number
 
 SIDE_PX = 300
 MASK_ROWS = 16

@@ -11,10 +11,11 @@ from raysal.model.metrics import ClassReliability
 from raysal.report import survey_figures as figures
 from raysal.report.asked import WORDS
 from raysal.report.charts import Chart, Easel, audited, measured
-from raysal.report.gather import Json, mapping, number
+from raysal.report.gather import Json, mapping
 from raysal.report.places import Map, class_map
 from raysal.report.survey import Survey
 from raysal.report.tally import Histogram
+from raysal.words import number
 
 BARS = 48
 PRECISIONS = tuple(p / 100 for p in range(50, 100))

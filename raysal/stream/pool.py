@@ -2,7 +2,7 @@
 
 The unit of work is a block of manifest rows. One actor takes a block, fetches, decodes and runs its images, writes one shard
 and sends back a receipt (`raysal.stream.worker`). So pixels, masks and scores never cross the object store or the driver, and
-memory does not grow with the archive, but for some 40 bytes an image in the driver. A block that is done again, because its actor
+memory does not grow with the archive, but for some 50 bytes an image in the driver. A block that is done again, because its actor
 died, replaces its own shard with the same rows; a run that is started again does what the output (`raysal.stream.output`) does not
 hold. No row is lost, none is doubled.
 """

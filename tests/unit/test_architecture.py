@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("labels", "config"),
+    ("labels", "config", "words"),
     ("images", "archive"),
     ("datasets", "model", "query", "export"),
     ("answers",),
@@ -141,6 +141,15 @@ def test_an_import_from_the_same_or_a_higher_floor_is_noticed(source: str, file:
 )
 def test_an_import_from_a_lower_floor_or_the_own_room_is_allowed(source: str, file: str) -> None:
     assert wrong_imports(source, PACKAGE / file) == []
+
+
+def test_the_command_line_answers_before_anything_heavy_is_loaded() -> None:
+    """A second for --help and for what is refused; a verb loads what it needs."""
+    program = (
+        "import sys, raysal.cli; print(sorted({'torch', 'ray', 'pandas', 'timm', 'matplotlib', 'pyarrow', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("rooms", "blocked"), [(WITHOUT_RAY, "ray"), (WITHOUT_TORCH, "torch")], ids=["ray", "torch"])

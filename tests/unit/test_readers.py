@@ -16,7 +16,7 @@ from raysal.datasets import folder
 from raysal.datasets.base import Item
 from raysal.datasets.build import READERS
 from raysal.datasets.listing import group_of, hold_out, label_set_of, stable_order
-from raysal.errors import DataError
+from raysal.errors import DataError, InputError
 from raysal.labels import LABEL_SETS, S5MARS
 from tests.unit.layouts import PIXEL, TWO_CLASSES, config, names, put, put_ai4mars, put_folder, put_json
 
@@ -152,7 +152,7 @@ def test_a_store_that_refuses_is_said(tmp_path: Path) -> None:
             raise PermissionError("no rights")
 
     fsspec.register_implementation("refusing", Refusing, clobber=True)
-    with pytest.raises(DataError, match=r"refusing://.*can't be listed \(PermissionError: no rights\); check rights"):
+    with pytest.raises(InputError, match=r"refusing://.*may not be read \(no rights\); ask for the right to"):
         folder.read(config("folder", "refusing://bucket/data"))
 
 

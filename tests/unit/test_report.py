@@ -25,8 +25,8 @@ from raysal.report.examples import VAL_IMAGES
 from raysal.report.gather import Round, Run, label_set, mean_fractions, read_run
 from raysal.report.pictures import Limits
 from raysal.report.theme import THEMES, plain, png
-from raysal.report.words import duration, percent
 from raysal.train.evaluate import evaluate
+from raysal.words import duration, percent
 from tests.pages import EVIL, Page
 from tests.run_folder import CLASSES, Fabricator, dataset_of, put, tiny_config
 

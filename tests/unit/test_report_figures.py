@@ -15,10 +15,9 @@ from PIL import Image
 from raysal.labels import IGNORE, S5MARS
 from raysal.report import figures
 from raysal.report.asked import reasons
-from raysal.report.gather import number
 from raysal.report.pictures import heat, mask_uri, overlay, shrink
 from raysal.report.theme import DARK, LIGHT, readable_on
-from raysal.report.words import duration
+from raysal.words import duration, number
 
 
 def test_a_mask_on_the_page_keeps_every_class_id() -> None:

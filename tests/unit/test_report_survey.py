@@ -21,7 +21,7 @@ from raysal.archive.uris import absolute, read_bytes, write_bytes
 from raysal.cli import main
 from raysal.errors import InputError
 from raysal.labels import S5MARS
-from raysal.model.metrics import ClassReliability
+from raysal.model.metrics import SUPPORT, ClassReliability
 from raysal.report import build
 from raysal.report.places import class_map, from_manifest
 from raysal.report.survey import SHOWN, survey
@@ -159,7 +159,7 @@ def test_the_curve_is_what_thresholds_keep_on_val(labels: Path) -> None:
         n = n_right = 0
         for pixels_N, right_N in zip(pixels_CN, right_CN, strict=True):
             tails = [(pixels_N[i:].sum(), right_N[i:].sum()) for i in range(len(pixels_N))]
-            best = next(((a, b) for a, b in tails if a and b >= p * a), (0, 0))
+            best = next(((a, b) for a, b in tails if a >= SUPPORT and b >= p * a), (0, 0))
             n, n_right = n + best[0], n_right + best[1]
         assert kept == pytest.approx(n / pixels_CN.sum())
         assert np.isnan(right) if n == 0 else right == pytest.approx(n_right / n) and right >= p
@@ -262,9 +262,9 @@ def test_a_report_leaves_the_folder_to_the_runs(tmp_path: Path, quick: None) -> 
     build(str(folder))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     output = Output(str(folder), labels_schema(S5MARS), {k: v for k, v in json.loads((folder / RUN).read_text()).items() if k != "token"})
-    output.claim(replace=False)
+    token = output.claim(replace=False)
     output.open()
-    output.commit({"counts": {"ok": 8}}, output.held())
+    output.commit({"counts": {"ok": 8}}, output.held(), token)
     assert {path.name for path in folder.iterdir()} == set(before)
     build(str(folder))
     assert (tmp_path / "labels-report/index.html").exists()

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import math
 
-from raysal.report.gather import number
+import numpy as np
+
+
+def number(value: object) -> float:
+    """A finite float, or NaN for anything else (null, text, infinity)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # JSON's integers have no end
+        return math.nan
 
 
 def percent(value: object, digits: int = 1) -> str:
