@@ -47,7 +47,7 @@ def measure(what: str, source: str, manifest: str) -> dict[str, float]:
         start = time.perf_counter()
         rows = index([source], manifest).rows
     else:
-        from raysal.rounds.single import open_manifest
+        from raysal.stream.archive import open_manifest
         from raysal.stream.manifest import read
 
         start = time.perf_counter()

@@ -56,6 +56,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
 
 def start_here(**options: Any) -> Any:
     """`ray.init` on this machine; once more where it timed out, as Ray waits only half a minute for its own processes."""
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it tells at each start that it asks for a token
     try:
         return ray.init(address="local", **options)
     except Exception as error:

@@ -259,7 +259,7 @@ class ComputeConfig(Section):
     threads: Count = 0  # torch threads per train worker; 0: the node's cores / workers
     loader_workers: Count = 0  # processes that decode labelled images per train worker
     max_failures: Annotated[int, Field(ge=-1)] = 3  # times a dead train worker is replaced; -1: for ever
-    in_process: Count = 500  # images of scoring and labeling that need no Ray: starting it takes longer; not used where an address is given
+    in_process: Count = 500  # images that are scored or labelled without Ray's actors, which take longer to start; not on several nodes
     score_actors: Count = 0  # model actors; 0: one per core (per GPU with use_gpu)
     cpus_per_actor: PositiveFloat = 0.5  # under 1, so that read tasks always find a slot
     ingest_tasks: Count = 0  # tasks that decode unlabelled images at once; 0: a quarter of the cluster's logical CPUs

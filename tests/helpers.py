@@ -71,7 +71,7 @@ def run(*arguments: str, timeout_s: float = 850) -> subprocess.CompletedProcess:
 
 
 def kill_when(process: subprocess.Popen, reached: Callable[[], bool], timeout_s: float = 600) -> None:
-    """SIGKILLs a command's driver once `reached` holds, and waits until every process it started is gone too."""
+    """SIGKILLs a command's driver once `reached` holds, and what is left of its processes soon after: Ray's agents stay for a minute."""
     deadline = time.monotonic() + timeout_s
     while not reached():
         assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()[-3000:]}"
@@ -80,7 +80,7 @@ def kill_when(process: subprocess.Popen, reached: Callable[[], bool], timeout_s:
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=10)
     for left in alive:
         left.kill()
 

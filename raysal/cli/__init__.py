@@ -162,7 +162,7 @@ def score(
 
     Example: raysal score runs/demo/rounds/002/checkpoint runs/demo/manifest.parquet --out runs/demo/scores
     """
-    from raysal.rounds.single import open_manifest
+    from raysal.stream.archive import open_manifest
     from raysal.stream.score import score_forecast, score_pool
 
     cfg, ui = load(config, set_), _ui(json_)
@@ -195,7 +195,7 @@ def label(
 
     Example: raysal label runs/demo/checkpoint archive/images --out labels --precision 0.95
     """
-    from raysal.rounds.single import label_archive, open_manifest
+    from raysal.stream.archive import label_archive, open_manifest
     from raysal.stream.label import label_forecast
 
     asked = [f"label.precision={precision}"] if precision is not None else []
@@ -204,7 +204,7 @@ def label(
         found = label_forecast(open_manifest(manifest), checkpoint, out, cfg, retry_failed, replace)
         return ui.result(found.to_dict(), str(found))
     with ui:
-        for summary in label_archive(manifest, checkpoint, out, cfg, ui.watcher(), retry_failed, replace, watch):
+        for summary in label_archive(manifest, checkpoint, out, cfg, ui.progress, ui.warning, retry_failed, replace, watch):
             ui.result({"labels": out, **summary.to_dict()}, f"labels {out}: {summary}")
 
 

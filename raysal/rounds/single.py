@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import posixpath
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from raysal.archive.entries import IMAGES
-from raysal.archive.index import rows_of
 from raysal.archive.tables import queue_schema, read_table, write_table
-from raysal.archive.uris import exists, join, list_names, open_fs, read_bytes, store_errors, write_bytes
+from raysal.archive.uris import exists, join, list_names, open_fs, read_bytes, write_bytes
 from raysal.config import Config, digest_of
 from raysal.datasets.base import Dataset, Item
 from raysal.datasets.build import build, check, class_pixels
-from raysal.errors import CheckpointError, ConfigError, DataError, ImageError, InputError, RaysalError
+from raysal.errors import DataError, ImageError, InputError
 from raysal.model import checkpoint
 from raysal.model.engines import settle
 from raysal.model.runtime import Predictor
@@ -27,17 +23,9 @@ from raysal.rounds.choose import choose
 from raysal.rounds.ledger import Ledger, write_json
 from raysal.rounds.loop import Watcher
 from raysal.rounds.preflight import preflight
-from raysal.stream.label import label_pool
-from raysal.stream.manifest import Manifest
-from raysal.stream.pool import Kept, Summary
 from raysal.train.evaluate import evaluate
 from raysal.train.plan import Plan
 from raysal.train.ray import fetch_checkpoint, fit
-
-PARQUET_MAGIC = b"PAR1"
-
-SETTLED_S = 10.0
-"""A file of a watched folder that is younger may still be being written."""
 
 
 def train_once(cfg: Config, labels: Sequence[str] | None, watcher: Watcher) -> dict:
@@ -162,88 +150,6 @@ def query_scores(scores: str, cfg: Config, budget: int, out: str, labeled: Seque
     rows = [row | {"rank": i + 1, "round": None} for i, row in enumerate(rows)]
     write_table(out, pa.Table.from_pylist(rows, schema=queue_schema()))
     return [{k: v for k, v in row.items() if k != "reasons"} | {"reasons": dict(row["reasons"])} for row in rows]
-
-
-def label_archive(
-    place: str,
-    checkpoint_uri: str,
-    out: str,
-    cfg: Config,
-    watcher: Watcher,
-    retry_failed: bool = False,
-    replace: bool = False,
-    every_s: float | None = None,
-) -> Iterator[Summary]:
-    """Labels what is new in an archive, once or whenever something came.
-
-    Args:
-        place: Folder of images, or a manifest; read again each time.
-        checkpoint_uri, out, cfg, retry_failed, replace: As in `raysal.stream.label.label_pool`.
-        watcher: Told of progress, and of trouble that a next look may not meet.
-        every_s: Seconds between looks; None looks once.
-
-    Yields:
-        What each look did; looks that found nothing new are passed over, but for the first.
-    """
-    first, kept = True, Kept()
-    while True:
-        try:
-            images = open_manifest(place)
-            if every_s is not None and isinstance(images, pa.Table):
-                images = _settled(images, min(every_s, SETTLED_S))
-            if isinstance(images, str) or images.num_rows:
-                summary = label_pool(
-                    images,
-                    checkpoint_uri,
-                    out,
-                    cfg,
-                    watcher.on_progress,
-                    retry_failed=retry_failed and first,
-                    replace=replace and first,
-                    kept=kept,
-                )
-                if first or summary.done:
-                    yield summary
-                first = False
-        except RaysalError as error:
-            if every_s is None or isinstance(error, ConfigError | CheckpointError) or (first and exists(place)):
-                raise
-            watcher.on_warning(f"{error}; looking again in {every_s:g} s")
-            first = False
-        if every_s is None:
-            return
-        time.sleep(every_s)
-
-
-def _settled(images: pa.Table, seconds: float) -> pa.Table:
-    """Without files that were written within so many seconds: they may be half there. The next look finds them."""
-    age_us = pc.subtract(pa.scalar(int(time.time() * 1e6)), images["modified"].cast(pa.int64()))
-    young = pc.and_(pc.greater_equal(age_us, 0), pc.less(age_us, int(seconds * 1e6)))  # a clock that is ahead hides nothing for ever
-    return images.filter(pc.invert(pc.fill_null(young, False)))
-
-
-def open_manifest(uri: str) -> Manifest:
-    """The URI itself where it is Parquet that names images (scores and labels do, so that what failed can be fed back), else the
-    manifest of the images under a folder.
-
-    Raises:
-        InputError: There is neither.
-    """
-    if not exists(uri):
-        raise InputError(f"{uri}: does not exist; give a manifest.parquet or a folder of images")
-    fs, path = open_fs(uri)
-    with store_errors(uri):
-        if fs.isfile(path):
-            with fs.open(path, "rb") as file:
-                if file.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
-                    raise InputError(f"{uri}: is no Parquet file; give a manifest.parquet or a folder of images")
-            return uri
-        if any(p.endswith(".parquet") for p in fs.find(path)):
-            return uri
-    rows = rows_of(uri)
-    if not rows.num_rows:
-        raise InputError(f"{uri}: holds no image ({', '.join(IMAGES)}) and no manifest")
-    return rows
 
 
 def count_classes(dataset: Dataset, items: Sequence[Item]) -> np.ndarray:

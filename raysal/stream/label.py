@@ -34,9 +34,9 @@ def label_pool(
 ) -> Summary:
     """Streams an archive through the model and writes one mask an image (`raysal.archive.tables.labels_schema`).
 
-    Ray is started unless it is up, or the images are few (`compute.in_process`). Masks have their image's own size; pixels that are not
-    valid, or less sure than `label.precision` asks, are 255 and count as abstained. Beside the shards lies ``_trust.json``: the
-    evaluation that the checkpoint carries (calibration, thresholds of confidence by class), the thresholds in use, and once there was
+    Few images (`compute.in_process`) are done in this process, more by actors of Ray, which is started where it is not up. Masks have
+    their image's own size; pixels that are not valid, or less sure than `label.precision` asks, are 255 and count as abstained. Beside
+    the shards lies ``_trust.json``: the evaluation that the checkpoint carries (calibration, thresholds of confidence by class), the thresholds in use, and once there was
     one, the audit (`raysal.rounds.audit`).
 
     Args:

@@ -191,7 +191,7 @@ def _work(
 ) -> int:
     """Does the missing images of a manifest, here or on Ray. Returns the cores that were kept busy."""
     compute, todo = task.cfg.compute, int(missing.sum())
-    here = todo <= compute.in_process and not (ray.is_initialized() or compute.address or os.environ.get("RAY_ADDRESS"))
+    here = todo <= compute.in_process and not (compute.address or os.environ.get("RAY_ADDRESS") or _several_nodes())
     with contextlib.nullcontext() if here else connected(compute):
         actors = 1 if here else score_actors(compute)
         rows = rows_per_shard or min(LARGEST_BLOCK, max(task.cfg.score.batch_size, math.ceil(todo / (actors * BLOCKS_PER_ACTOR))))
@@ -291,6 +291,11 @@ def _as_raysal_errors() -> Iterator[None]:
         # Ray adds advice below an error's text, but puts a traceback above the reason why an actor could not start.
         line = lines[-1] if isinstance(reason, ActorDiedError) else f"{type(reason).__name__}: {lines[0]}"
         raise RaysalError(f"the run broke down: {line}; mend that and run the same command again") from error
+
+
+def _several_nodes() -> bool:
+    """Whether Ray is up on more machines than this one."""
+    return ray.is_initialized() and len(ray.nodes()) > 1
 
 
 def _cores() -> int:

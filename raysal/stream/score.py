@@ -33,8 +33,9 @@ def score_pool(
 ) -> Summary:
     """Streams an archive through the model and writes one row of scores an image (`raysal.archive.tables.scores_schema`).
 
-    Ray is started unless it is up, or the images are few (`compute.in_process`). Scores do not depend on shards, order, batch size or
-    number of actors. No label of the pool can be read: of a manifest only id, uri and the exclude masks are.
+    Few images (`compute.in_process`) are done in this process, more by actors of Ray, which is started where it is not up. Scores
+    do not depend on shards, order, batch size or number of actors. No label of the pool can be read: of a manifest only id, uri and the
+    exclude masks are.
 
     Args:
         manifest: A manifest table, or the URI of one.

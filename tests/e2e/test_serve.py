@@ -31,7 +31,7 @@ from raysal.images.masks import decode_mask
 from raysal.labels import AI4MARS, S5MARS, LabelSet
 from raysal.model.checkpoint import ModelInfo, digest_at, save
 from raysal.model.network import TwoBranch
-from raysal.rounds.single import open_manifest
+from raysal.stream.archive import open_manifest
 from raysal.stream.label import label_pool
 from tests.helpers import processes
 

@@ -21,7 +21,7 @@ def configured(**compute: int) -> Config:
             "model": {"arch": "DeepLabV3Plus", "encoder": "tu-mobilenetv3_small_050"},
             "score": {"scores": list(SCORES), "bald_passes": 2, "embedding_dim": DIM, "batch_size": 4},
             "runtime": {"kind": "eager"},
-            "compute": {"score_actors": 2, **compute},
+            "compute": {"score_actors": 2, "in_process": 0, **compute},
         }
     )
 

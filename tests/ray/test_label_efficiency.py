@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from raysal.datasets.synthetic import write_archive
+from tests.helpers import kill_when
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "label_efficiency.py"
 pytestmark = pytest.mark.skipif(not PROGRAM.is_file(), reason="benchmarks/ is part of a checkout only")
@@ -26,14 +24,7 @@ def test_killed_half_way_it_repeats_no_training(tmp_path: Path) -> None:
     def trainings() -> dict[str, int]:
         return {p.name: p.stat().st_mtime_ns for p in cache.glob("training-*.json")}
 
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not trainings():
-            assert process.poll() is None, "ended before it could be killed"
-            time.sleep(0.05)
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    psutil.wait_procs(family, timeout=120)
+    kill_when(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), lambda: bool(trainings()))
     kept = trainings()
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=800)

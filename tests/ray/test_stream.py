@@ -86,7 +86,7 @@ def test_masks_of_the_pool_are_never_read(scored, checkpoint: str, archive: Path
     for mask in masks[len(masks) // 2 :]:
         mask.unlink()
     try:
-        score_pool(manifest_at(archive), checkpoint, str(tmp_path / "out"), configured(score_actors=1), rows_per_shard=100)
+        score_pool(manifest_at(archive), checkpoint, str(tmp_path / "out"), configured(in_process=500), rows_per_shard=100)
     finally:
         for mask, content in zip(masks, contents, strict=True):
             mask.write_bytes(content)

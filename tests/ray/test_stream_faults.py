@@ -105,7 +105,7 @@ def test_an_image_that_kills_every_process_becomes_a_row(scored, checkpoint: str
 
 def test_an_image_the_network_fails_on_costs_only_itself(scored, checkpoint: str, archive: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     manifest = manifest_at(archive).slice(0, 12)
-    assert run(FailsOver, manifest, checkpoint, tmp_path / "out", rows=12, score_actors=1).counts["model"] == 1
+    assert run(FailsOver, manifest, checkpoint, tmp_path / "out", rows=12, in_process=500).counts["model"] == 1
     rows = by_id(tmp_path / "out")
     assert "no kernel for this shape" in rows.pop(manifest["id"][5].as_py())["error"]
     assert_same_scores(rows, {i: scored[0][i] for i in rows})
@@ -127,7 +127,7 @@ EXCLUDE = {"excluded.png": "border.mask", "small_exclude.png": "wrong.mask", "lo
 
 
 def limited() -> Config:
-    cfg = configured(score_actors=1)
+    cfg = configured(in_process=500)
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_bytes": 100_000, "max_pixels": 200 * 200})})
 
 
@@ -236,7 +236,7 @@ def test_a_model_that_gives_nan_gives_no_scores(archive: Path, tmp_path: Path) -
         next(net.branches[1].segmentation_head.parameters()).fill_(float("nan"))
     save(str(tmp_path / "checkpoint"), net, ModelInfo(S5MARS, cfg.model, input_scale=1.0, tile_px=64))
     manifest = manifest_at(archive).slice(0, 4)
-    summary = score_pool(manifest, str(tmp_path / "checkpoint"), str(tmp_path / "out"), configured(score_actors=1))
+    summary = score_pool(manifest, str(tmp_path / "checkpoint"), str(tmp_path / "out"), configured(in_process=500))
     assert summary.counts["model"] == 4
     assert all("not finite" in row["error"] and row["entropy"] is None for row in by_id(tmp_path / "out").values())
 
@@ -248,7 +248,7 @@ def test_a_folder_of_other_rows_is_refused_or_replaced_and_a_folder_of_anything_
     out.mkdir()
     write_table(str(out / f"part-{'0' * 24}.parquet"), manifest)  # nobody knows of which model
     (out / f"_attempt-part-{'1' * 24}.parquet.json").write_text("{}")
-    some, cfg = manifest.slice(4, 8), configured(score_actors=1)
+    some, cfg = manifest.slice(4, 8), configured(in_process=500)
     with pytest.raises(InputError, match="nobody knows the model"):
         score_pool(some, checkpoint, str(out), cfg)
     bonus = [0.5] * S5MARS.n_classes
@@ -267,7 +267,7 @@ def test_a_folder_of_other_rows_is_refused_or_replaced_and_a_folder_of_anything_
 
 
 def test_a_second_run_does_only_what_is_new(scored, checkpoint: str, archive: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    out, manifest, cfg = str(tmp_path / "out"), manifest_at(archive), configured(score_actors=1)
+    out, manifest, cfg = str(tmp_path / "out"), manifest_at(archive), configured(in_process=500)
     score_pool(manifest.slice(0, 12), checkpoint, out, cfg, rows_per_shard=5)
     before = {p: p.read_bytes() for p in Path(out).glob("part-*")}
     again = score_pool(manifest.slice(0, 12), checkpoint, out, cfg, on_progress=lambda *_: pytest.fail("nothing was to be done"))
@@ -322,7 +322,7 @@ def test_input_that_cannot_be_used_is_refused_before_any_work(checkpoint: str, a
         score_pool(manifest.select(["id"]), checkpoint, out, cfg)
     with pytest.raises(InputError, match="42 of 84 ids repeat"):
         label_pool(pa.concat_tables([manifest, manifest]), checkpoint, out, cfg)
-    with pytest.raises(InputError, match="no manifest there"):
+    with pytest.raises(InputError, match="does not exist; give a .parquet file"):
         score_pool(str(tmp_path / "none.parquet"), checkpoint, out, cfg)
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         label_pool(manifest, str(tmp_path / "none"), out, cfg)

@@ -18,7 +18,7 @@ from raysal.archive.known import CHANGED, NEW, SAME, UNSEEN, Known
 from raysal.archive.tables import manifest_schema, read_table
 from raysal.archive.uris import absolute, list_names, open_fs, read_bytes, remove_tree, write_bytes
 from raysal.errors import InputError, ResourceError
-from raysal.rounds.single import open_manifest
+from raysal.stream.archive import open_manifest
 from raysal.stream.manifest import read
 from tests.manifests import NAVCAM, fill, record, uris
 

@@ -13,7 +13,8 @@ from raysal.archive.tables import labels_schema, scores_schema, write_table
 from raysal.datasets.base import Item
 from raysal.errors import DataError, InputError
 from raysal.rounds.oracle import LABELS_SCHEMA
-from raysal.rounds.single import _named, open_manifest, query_scores
+from raysal.rounds.single import _named, query_scores
+from raysal.stream.archive import open_manifest
 from raysal.stream.manifest import read
 
 POOL = tuple(Item(f"{name}.jpg", f"/archive/{name}.jpg") for name in "abcdef")

@@ -30,9 +30,8 @@ from raysal.model.checkpoint import ModelInfo, save
 from raysal.model.metrics import ClassReliability
 from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
-from raysal.rounds import single
-from raysal.rounds.loop import Watcher
-from raysal.rounds.single import label_archive, open_manifest
+from raysal.stream import archive as archives
+from raysal.stream.archive import label_archive, open_manifest
 from raysal.stream.label import TRUST, label_forecast, label_pool
 from raysal.stream.score import score_forecast, score_pool
 from tests.unit import test_products as products
@@ -190,7 +189,7 @@ def test_a_watched_place_loads_the_model_once_and_leaves_files_that_are_being_wr
     inbox, scenes, loads = tmp_path / "inbox", sorted((place / "archive" / "images").iterdir()), []
     inbox.mkdir()
     monkeypatch.setattr(Predictor, "load", lambda *args, load=Predictor.load: loads.append(1) or load(*args))
-    looks = label_archive(str(inbox), str(place / "checkpoint"), str(tmp_path / "labels"), configured(), Watcher(), every_s=60)
+    looks = label_archive(str(inbox), str(place / "checkpoint"), str(tmp_path / "labels"), configured(), lambda *_: None, print, every_s=60)
 
     def arrive(*ages: tuple[int, float]) -> None:
         for scene, seconds in ages:
@@ -199,7 +198,7 @@ def test_a_watched_place_loads_the_model_once_and_leaves_files_that_are_being_wr
 
     # While nothing is looked at, files come; the clock of the third one's writer is ahead, the fourth is still growing.
     pauses = iter([lambda: arrive((1, 900), (2, -900), (3, 0)), lambda: arrive((3, 900)), lambda: None])
-    monkeypatch.setattr(single, "time", SimpleNamespace(time=time.time, sleep=lambda _: next(pauses)()))
+    monkeypatch.setattr(archives, "time", SimpleNamespace(time=time.time, sleep=lambda _: next(pauses)()))
     arrive((0, 900))
     assert [(look.done, look.rows) for look in islice(looks, 3)] == [(1, 1), (2, 3), (1, 4)]
     assert len(loads) == 1
