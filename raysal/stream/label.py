@@ -36,8 +36,8 @@ def label_pool(
 
     Few images (`compute.in_process`) are done in this process, more by actors of Ray, which is started where it is not up. Masks have
     their image's own size; pixels that are not valid, or less sure than `label.precision` asks, are 255 and count as abstained. Beside
-    the shards lies ``_trust.json``: the evaluation that the checkpoint carries (calibration, thresholds of confidence by class), the thresholds in use, and once there was
-    one, the audit (`raysal.rounds.audit`).
+    the shards lies ``_trust.json``: the evaluation that the checkpoint carries (calibration, thresholds of confidence by class), the
+    thresholds in use, and once there was one, the audit (`raysal.rounds.audit`).
 
     Args:
         manifest: A manifest table, or the URI of one.

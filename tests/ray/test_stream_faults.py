@@ -322,7 +322,7 @@ def test_input_that_cannot_be_used_is_refused_before_any_work(checkpoint: str, a
         score_pool(manifest.select(["id"]), checkpoint, out, cfg)
     with pytest.raises(InputError, match="42 of 84 ids repeat"):
         label_pool(pa.concat_tables([manifest, manifest]), checkpoint, out, cfg)
-    with pytest.raises(InputError, match="does not exist; give a .parquet file"):
+    with pytest.raises(InputError, match=r"does not exist; give a \.parquet file"):
         score_pool(str(tmp_path / "none.parquet"), checkpoint, out, cfg)
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         label_pool(manifest, str(tmp_path / "none"), out, cfg)
