@@ -76,6 +76,7 @@ class Predictor:
         device: Where it runs.
         digest: Of the checkpoint it came from; empty for a model that has none yet.
         runtime: What computes the network (`raysal.model.engines`).
+        recent_bytes: On CPUs, how much of what the network said of the last images is remembered; see `raysal.model.engines.Recent`.
 
     Raises:
         CheckpointError: The runtime can't run this network, or gives other masks than eager float32.
@@ -91,17 +92,21 @@ class Predictor:
         device: torch.device | str = "cpu",
         digest: str = "",
         runtime: engines.Runtime = engines.EAGER,
+        recent_bytes: int = 0,
     ) -> None:
         self.info, self.device, self.digest = info, torch.device(device), digest
         self.model = place(model, info.model, self.device).eval()
         self._threads = _OneThreadEach() if self.device.type == "cpu" else None
-        self._engine = engines.build(self.model, runtime, self.device, self._answers)
+        engine = engines.build(self.model, runtime, self.device, self._answers)
+        self._engine = engines.Recent(engine, recent_bytes) if recent_bytes and self._threads is not None else engine
 
     @classmethod
-    def load(cls, uri: str, device: torch.device | str = "cpu", runtime: engines.Runtime = engines.EAGER) -> Predictor:
+    def load(
+        cls, uri: str, device: torch.device | str = "cpu", runtime: engines.Runtime = engines.EAGER, recent_bytes: int = 0
+    ) -> Predictor:
         """From a checkpoint folder. Raises CheckpointError where it can't be used."""
         loaded = load(uri, device)
-        return cls(loaded.model, loaded.info, device, loaded.digest, runtime)
+        return cls(loaded.model, loaded.info, device, loaded.digest, runtime, recent_bytes)
 
     def logits(self, images: Sequence[np.ndarray], resolution: Resolution = "full") -> tuple[Tensor, Tensor]:
         """Logits of both branches, float32 [B, C, h, w] on the device, at the network's input size or decoder resolution.

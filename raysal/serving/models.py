@@ -27,6 +27,9 @@ log = logging.getLogger("ray.serve")
 SCORES = ("entropy", "uncertainty", "least_confidence", "margin", "disagreement")
 """What is told of an image beside its mask."""
 
+RECENT_BYTES = 256 * 2**20
+"""Of the network's answers that a replica remembers: an image's mask, scores and maps, and its next view, come from one pass."""
+
 SHORTEST_DIGEST = 12
 REFERENCE_IMAGES = 64
 """Images of a reference that are looked at, at most; a swap should take seconds."""
@@ -69,7 +72,7 @@ def load(spec: ModelSpec, settings: Settings) -> Model:
                 f"name the right checkpoint, or at least {SHORTEST_DIGEST} digits of its digest"
             )
     runtime = settle(settings.runtime, read_info(spec.checkpoint).model, device)
-    model = Model(spec, Predictor.load(spec.checkpoint, device, runtime), str(runtime))
+    model = Model(spec, Predictor.load(spec.checkpoint, device, runtime, RECENT_BYTES), str(runtime))
     image_HWC = scene(0, 0, max(64, model.predictor.info.tile_px))[0]
     if not np.isfinite(model.predictor.predict([image_HWC]).confidence).all():
         raise CheckpointError(f"{spec.checkpoint}: the network's output is not finite; was the training stable?")

@@ -149,3 +149,23 @@ def test_auto_takes_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> Non
     assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "eager float32"
     with pytest.raises(ConfigError, match=r"pip install 'raysal\[openvino\]'"):
         settle(RuntimeConfig(kind="openvino"), DEEPLAB, "cpu")
+
+
+def test_what_is_remembered_is_the_newest_and_bounded() -> None:
+    passes: list[float] = []
+
+    def engine(x_BCHW: torch.Tensor, branches: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        passes.append(x_BCHW.flatten()[0].item())
+        return (x_BCHW + len(branches),)
+
+    one = 4 * 3 * 8 * 8  # bytes of an answer
+    recent = engines.Recent(engine, 2 * one)
+    for value in (1.0, 2.0, 1.0, 3.0, 1.0, 2.0):
+        x_BCHW = torch.full((1, 3, 8, 8), value)
+        assert torch.equal(recent(x_BCHW, (0,))[0], x_BCHW + 1)
+    assert passes == [1, 2, 3, 2]  # the second was forgotten for the third
+    assert torch.equal(recent(torch.full((1, 3, 8, 8), 2.0), (0, 1))[0], torch.full((1, 3, 8, 8), 4.0))
+    assert torch.equal(recent(torch.full((1, 3, 4, 16), 2.0), (0,))[0], torch.full((1, 3, 4, 16), 3.0))  # the same bytes in another shape
+    nothing = engines.Recent(engine, one - 1)
+    nothing(torch.ones(1, 3, 8, 8), (0,))
+    assert not nothing._said and nothing._held == 0

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from raysal.datasets.synthetic import scene
 from raysal.images.masks import decode_mask
 from raysal.model.runtime import Predictor
 from raysal.serving.service import Service
@@ -55,6 +56,26 @@ def test_json_tells_masks_shares_scores_and_digests(trained: Path) -> None:
         assert scores == told["scores"] and 0 < scores["entropy"] < 1
         doubt = decode_mask(base64.b64decode(told["map_png"]), 10**6, "map")
         assert doubt.mean() / 255 == pytest.approx(scores["entropy"], abs=0.05)
+
+    ask(trained, asked)
+
+
+def test_all_that_is_told_of_an_image_comes_from_one_pass_through_the_network(trained: Path) -> None:
+    """Large ones too: a pass a tile, whatever is asked, and whoever asks for another view next."""
+    large = scene(5, 0, 160)[0]
+
+    async def asked(http: httpx.AsyncClient, service: Service) -> None:
+        recent, passes = service.model.predictor._engine, []
+        engine = recent._engine
+        recent._engine = lambda *given: passes.append(1) or engine(*given)
+        model = service.model.predictor.info.model.model_copy(update={"whole_pixels": PX * PX, "tile_px": 96, "overlap_px": 32})
+        service.model.predictor.info = replace(service.model.predictor.info, model=model)
+        tiles = len([*service.model.predictor.grid(large.shape[:2]).tiles()])
+        for image, expected in ((SCENE, 1), (large, 1 + tiles)):
+            for view in ("index", "entropy", "uncertainty"):
+                assert (await http.post(f"/v1/masks?view={view}", content=encoded(image), headers=JSON)).status_code == 200
+                assert (await http.post(f"/v1/masks?view={view}", content=encoded(image))).status_code == 200
+            assert len(passes) == expected
 
     ask(trained, asked)
 
