@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 
+from raysal.archive.fetch import PICTURES
+from raysal.archive.uris import write_bytes
 from raysal.errors import InputError, RaysalError
-from raysal.images.masks import decode_mask
+from raysal.images.masks import decode_mask, encode_mask
 
 View = Literal["index", "colour", "uncertainty", "entropy"]
+
+Progress = Callable[[int, int, dict[str, int]], None]
 
 AGAIN = (408, 429, 502, 503, 504)
 """Statuses after which another try may do: nothing that an endpoint does changes anything, so every request may be sent again."""
@@ -115,6 +120,49 @@ class Endpoint:
                 for task in waiting:
                     task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
+
+    def save_masks(
+        self,
+        folder: str | Path,
+        out: str | Path,
+        at_once: int = 8,
+        on_progress: Callable[[int, int, dict[str, int]], None] = lambda *_: None,
+    ) -> dict[str, str]:
+        """Masks of all images below a folder, written under their paths as PNG; those that are there already are not asked for again.
+
+        Args:
+            folder: Searched for JPEG, PNG and TIFF files.
+            out: Folder of the masks: ``a/b.jpg`` becomes ``a/b.png``.
+            at_once: Requests under way.
+            on_progress: Called as on_progress(done, total, {"ok": .., "failed": ..}) after each image.
+
+        Returns:
+            Why there is no mask, by the paths of the images that have none.
+
+        Raises:
+            InputError: No images, or two that would share a mask's name; or masks can't be written.
+        """
+        root, target = Path(folder), Path(out)
+        files = sorted(file for file in root.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+        named = {file: (target / file.relative_to(root)).with_suffix(".png") for file in files}
+        if not files:
+            raise InputError(f"{folder}: holds no image ({', '.join(PICTURES)})")
+        if twice := [file for file, count in Counter(named.values()).items() if count > 1]:
+            raise InputError(f"{folder}: {len(twice)} masks would have the name of another, for example {twice[0].name}; rename the images")
+        todo, failed = [file for file in files if not named[file].exists()], dict[str, str]()
+
+        async def run() -> None:
+            done = len(files) - len(todo)
+            async for file, found in self.masks(todo, at_once):
+                if isinstance(found, RaysalError):
+                    failed[str(file)] = str(found)
+                else:
+                    write_bytes(str(named[file]), encode_mask(found))
+                done += 1
+                on_progress(done, len(files), {"ok": done - len(failed), "failed": len(failed)})
+
+        asyncio.run(run())
+        return failed
 
     async def _one(self, client: httpx.AsyncClient, file: Path) -> tuple[Path, np.ndarray | RaysalError]:
         try:

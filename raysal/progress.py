@@ -30,6 +30,7 @@ WORDS = {
     "index": "listing the archive",
     "export": "writing masks out",
     "report": "writing the report",
+    "ask": "asking for masks",
 }
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""

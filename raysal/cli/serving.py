@@ -141,3 +141,35 @@ def promote(
     spec = _checked(ModelSpec, checkpoint=uri, digest=digest or digest_at(uri), precision=precision)
     found = local.promote(spec, dashboard, ui.say)
     ui.result({"checkpoint": uri, "digest": spec.digest, "found": found}, f"{uri} answers now, digest {(spec.digest or '')[:12]}: {found}")
+
+
+@app.command()
+def ask(
+    images: Annotated[Path, typer.Argument(help="Folder of images; all below it are asked for.")],
+    out: Annotated[Path, typer.Option(help="Folder for the masks: a/b.jpg becomes a/b.png.")],
+    url: Annotated[str, typer.Option(help="Address of the endpoint.")] = "http://127.0.0.1:8000",
+    tokens: Annotated[Path | None, typer.Option(help="File whose first line is the bearer token; or set RAYSAL_TOKENS.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Requests under way.")] = 8,
+    json_: Json = False,
+) -> None:
+    """Asks an endpoint for the masks of a folder's images. Masks that are there already are not asked for again.
+
+    Example: raysal serve ask downlink/ --out masks
+    """
+    from raysal.archive.uris import read_bytes
+    from raysal.client import Endpoint
+
+    try:
+        text = os.environ.get("RAYSAL_TOKENS", "").replace(",", "\n") if tokens is None else read_bytes(str(tokens)).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--tokens {tokens}: can't be read ({error}); give a text file with one token a line") from error
+    token = next((line.strip() for line in text.splitlines() if line.strip()), None)
+    ui = Ui(json_)
+    with ui:
+        ui.stage(None, "ask", "start", 0)
+        failed = Endpoint(url, token).save_masks(images, out, at_once, ui.progress)
+    for file, why in [*failed.items()][:20]:
+        ui.warning(f"{file}: {why}")
+    ui.result({"masks": str(out), "failed": failed}, f"masks {out}: {len(failed)} images have none" if failed else f"masks {out}")
+    if failed:
+        raise typer.Exit(1)

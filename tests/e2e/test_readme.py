@@ -74,7 +74,7 @@ def test_every_verb_and_option_shown_exists(page: Path, folder: Path) -> None:
             continue
         verb, *rest = words[words.index("raysal") + 1 :]
         if verb == "serve":  # a group, whose first command need not be named
-            verb = f"serve {rest[0] if rest[0] == 'promote' else 'run'}"
+            verb = f"serve {rest[0] if rest[0] in ('promote', 'ask') else 'run'}"
         done = run(f"raysal {verb} --help", folder)
         assert done.returncode == 0, f"{page.name} shows {line!r}: {done.stderr[-500:]}"
         for option in (word.partition("=")[0] for word in rest if word.startswith("--")):

@@ -33,7 +33,7 @@ from raysal.model.checkpoint import ModelInfo, digest_at, save
 from raysal.model.network import TwoBranch
 from raysal.stream.archive import open_manifest
 from raysal.stream.label import label_pool
-from tests.helpers import processes
+from tests.helpers import processes, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -146,6 +146,31 @@ def test_a_mask_is_that_of_raysal_label_to_the_byte_by_every_way_in(running: Run
     assert set(found) == set(expected)
     for name, mask in found.items():
         np.testing.assert_array_equal(mask, decode_mask(expected[name], 10**6, name))
+
+
+def test_a_folder_is_asked_for_by_one_command_which_goes_on_where_it_was(running: Running, tmp_path: Path) -> None:
+    inbox, masks = tmp_path / "inbox", tmp_path / "masks"
+    (inbox / "sol 7").mkdir(parents=True)
+    (inbox / "broken.jpg").write_bytes(b"not an image")
+    for file, place in zip(running.images, ("a.png", "sol 7/b.png"), strict=False):
+        shutil.copy(file, inbox / place)
+
+    def ask() -> subprocess.CompletedProcess:
+        return run("serve", "ask", str(inbox), "--out", str(masks), "--url", running.url, "--json")
+
+    asked = ask()
+    assert asked.returncode == 1 and list(json.loads(asked.stdout)["failed"]) == [str(inbox / "broken.jpg")], asked.stderr
+    assert "neither JPEG" in asked.stderr
+    for file, place in zip(running.images, ("a.png", "sol 7/b.png"), strict=False):
+        np.testing.assert_array_equal(decode_mask((masks / place).read_bytes(), 10**6, place), Endpoint(running.url).mask(file))
+    (inbox / "broken.jpg").unlink()
+    kept = (masks / "a.png").stat().st_mtime_ns
+    (masks / "sol 7/b.png").unlink()
+    again = ask()
+    assert again.returncode == 0 and (masks / "sol 7/b.png").exists() and (masks / "a.png").stat().st_mtime_ns == kept
+    shutil.copy(running.images[0], inbox / "a.JPG")
+    twice = ask()
+    assert twice.returncode == 2 and "would have the name of another" in twice.stderr
 
 
 def test_the_client_says_why_an_image_is_refused_and_does_not_ask_again(running: Running, tmp_path: Path) -> None:
