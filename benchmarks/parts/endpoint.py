@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import psutil
+from PIL import Image
+
+from raysal.datasets.synthetic import scene
 
 
 @dataclass
@@ -53,3 +60,47 @@ def endpoint(checkpoint: str, *options: str) -> Iterator[Up]:
             process.wait(180)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: when it was asked for (seconds of the clock), how long it took, its status (0: none), and its Retry-After."""
+
+    asked: float
+    seconds: float
+    status: int
+    retry_after: str | None
+
+
+def pictures(folder: Path, count: int, px: int) -> list[Path]:
+    """JPEG files, all different: a few scenes, shifted. An endpoint remembers what it said of an image, so none may come twice."""
+    scenes, rng = [scene(0, n, px)[0] for n in range(24)], np.random.default_rng(0)
+    folder.mkdir()
+    files = []
+    for n in range(count):
+        image = np.roll(scenes[n % len(scenes)], tuple(rng.integers(0, px, 2)), axis=(0, 1))
+        files.append(folder / f"{n:06d}.jpg")
+        Image.fromarray(image).save(files[-1], quality=90)
+    return files
+
+
+def load(up: Up, images: Path, clients: int, seconds: float, first: int = 0, rate: float = 0.0) -> list[Answer]:
+    """What locust got.
+
+    Args:
+        up: The endpoint.
+        images: Folder that its users take images from, in turn.
+        clients: Users at once.
+        seconds: How long.
+        first: The image to begin with.
+        rate: Requests a second of all users together; 0: each asks again as soon as it has its answer.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        notes = Path(name) / "notes.jsonl"
+        about = {"LOAD_IMAGES": images, "LOAD_NOTES": notes, "LOAD_FIRST": first, "LOAD_PACE_S": clients / rate if rate else 0}
+        command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("load.py")), "--headless", "--host", up.url]
+        command += ["-u", str(clients), "-r", str(clients), "-t", f"{seconds:.0f}s", "--stop-timeout", "60", "--only-summary"]
+        done = subprocess.run(command, env=os.environ | {k: str(v) for k, v in about.items()}, capture_output=True, text=True)
+        if not notes.exists():
+            raise SystemExit(f"locust did not run ({done.stderr.strip()[-400:]}); pip install -e '.[bench]'")
+        return [Answer(*json.loads(line)) for line in notes.read_text().splitlines()]

@@ -1,0 +1,36 @@
+"""A locust user that asks an endpoint for masks, and notes each answer. Run by `parts.endpoint.load`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+
+from locust import FastHttpUser, constant_pacing, task
+
+IMAGES = [path.read_bytes() for path in sorted(Path(os.environ["LOAD_IMAGES"]).iterdir())]
+NOTES = open(os.environ["LOAD_NOTES"], "a", buffering=1)  # noqa: SIM115 - until the process ends
+PACE_S = float(os.environ["LOAD_PACE_S"])
+NEXT = itertools.count(int(os.environ["LOAD_FIRST"]))
+
+
+class Client(FastHttpUser):
+    """Asks again as soon as it has its answer, or every PACE_S seconds."""
+
+    connection_timeout = network_timeout = 90.0
+    if PACE_S:
+        wait_time = constant_pacing(PACE_S)
+
+    @task
+    def ask(self) -> None:
+        """One image, another one each time."""
+        image = IMAGES[next(NEXT) % len(IMAGES)]
+        began, clock = time.perf_counter(), time.time()
+        with self.client.post("/v1/masks", data=image, catch_response=True) as response:
+            seconds = time.perf_counter() - began
+            response.success()  # what a status means is for whoever reads the notes
+        NOTES.write(
+            json.dumps([clock, seconds, response.status_code, response.headers.get("Retry-After") if response.headers else None]) + "\n"
+        )
