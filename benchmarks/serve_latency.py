@@ -91,10 +91,12 @@ def main() -> None:
             at += len(answers)
             place, cfg = manifest(scratch / f"{pair}.parquet", [str(f) for f in todo]), build({"compute": {"in_process": 0}})
             seen: list[tuple[float, int]] = []
+
+            def note(done: int, *_: object, to: list[tuple[float, int]] = seen) -> None:
+                to.append((time.perf_counter(), done))
+
             with connected(cfg.compute):
-                label_pool(
-                    place, checkpoint, str(scratch / f"labels{pair}"), cfg, lambda done, *_: seen.append((time.perf_counter(), done))
-                )
+                label_pool(place, checkpoint, str(scratch / f"labels{pair}"), cfg, note)
             (began, first), (ended, last) = seen[min(4, len(seen) - 2)], seen[-1]
             offline.append((last - first) / (ended - began))
             ratios.append(online[-1] / offline[-1])
