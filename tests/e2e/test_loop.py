@@ -113,7 +113,7 @@ def test_killed_again_and_again_a_run_comes_to_the_same_end(undisturbed: Path, t
     kill_when(process, reached("rounds/001/train/fit/step-00000009/state.json"))
     kept.append(markers(folder))
 
-    kill_when(start("loop", "--config", config, "--set", "compute.train_workers=1"), lambda: (folder / "labels").exists())
+    kill_when(start("loop", "--config", config), lambda: (folder / "labels").exists())
     kept.append(markers(folder))
     done = run("loop", "--config", config)
     assert done.returncode == 0, done.stderr[-3000:]
