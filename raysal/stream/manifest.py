@@ -16,8 +16,8 @@ from raysal.archive.uris import is_local
 from raysal.errors import InputError
 from raysal.stream.output import keys
 
-IN_MEMORY_ROWS = 1_000_000
-"""Manifests up to this are read at once (about 150 MB): no processes for reading have to start. Longer ones are streamed."""
+IN_MEMORY_ROWS = 200_000
+"""Manifests up to this are read at once (under 100 MB): no processes for reading have to start. Longer ones are streamed."""
 
 COLUMNS = pa.schema([manifest_schema().field(name) for name in ("id", "uri", "exclude")])
 """All that is read of a manifest."""
