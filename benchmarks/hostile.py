@@ -30,7 +30,7 @@ from parts.scenes import scenes, untrained
 from PIL import Image
 
 DOCUMENTED = {200, 400, 401, 403, 404, 405, 406, 408, 411, 413, 415, 422, 429, 431, 503}
-PATIENCE_S = 40.0
+PATIENCE_S, UNFINISHED_S = 40.0, 3.0
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -173,12 +173,19 @@ def raw(host: str, port: int, good: bytes, rng: random.Random, count: int) -> It
 
 
 def send(host: str, port: int, request: bytes) -> int:
-    """Status of the answer; 0 where the endpoint hung up without one. Raises TimeoutError where it does neither."""
-    with socket.create_connection((host, port), timeout=PATIENCE_S) as connection:
+    """Status of the answer; 0 where the endpoint hung up without one. Raises TimeoutError where it does neither.
+
+    A request that goes on for longer than anybody waits is broken off, as clients do.
+    """
+    with socket.create_connection((host, port), timeout=UNFINISHED_S) as connection:
         try:
             connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-            answer = connection.recv(65536)
+            try:
+                answer = connection.recv(65536)
+            except TimeoutError:
+                connection.settimeout(PATIENCE_S)
+                connection.shutdown(socket.SHUT_WR)
+                answer = connection.recv(65536)
         except (ConnectionResetError, BrokenPipeError):
             return 0
     head = answer.split(b" ", 2)
