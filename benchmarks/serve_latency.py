@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load")
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
-    seconds, pairs, px, each = (5.0, 1, 64, 10) if args.quick else (args.seconds, args.pairs, args.px, 60)
+    seconds, pairs, px, each = (8.0, 1, 64, 20) if args.quick else (args.seconds, args.pairs, args.px, 60)
     torch.set_num_threads(1)
     added, ratios, offline, online, alone, whole = [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as name:
