@@ -23,7 +23,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 from common import Claim, options, write
 from parts.endpoint import endpoint
 from parts.scenes import scenes, untrained
@@ -192,12 +191,6 @@ def send(host: str, port: int, request: bytes) -> int:
     return int(head[1]) if len(head) > 2 and head[0].startswith(b"HTTP/") and head[1].isdigit() else 0
 
 
-def resident(pid: int) -> float:
-    """MB of the replicas."""
-    replicas = [p for p in psutil.Process(pid).children(recursive=True) if "ServeReplica:raysal" in " ".join(p.cmdline())]
-    return sum(p.memory_info().rss for p in replicas) / 2**20
-
-
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--mutated", type=int, default=400, help="mutated images of a round; as many forms by half")
@@ -245,7 +238,7 @@ def main() -> None:
                     sent += 1
                 if mask() != first:
                     wrong.append("a good image has another mask")
-                memory.append(resident(up.pid))
+                memory.append(up.resident_mb())
             restarted = up.restarts()
     per_round = sent // rounds
     claims = [

@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import psutil
 from common import Claim, options, write
 from parts.endpoint import Answer, Up, endpoint, load, pictures
 from parts.scenes import untrained
@@ -29,22 +28,11 @@ class Memory(threading.Thread):
 
     def __init__(self, up: Up) -> None:
         super().__init__(daemon=True)
-        self.up, self.seen, self.over = up, [self._now(up)], threading.Event()
+        self.up, self.seen, self.over = up, [up.resident_mb("ServeReplica", "Proxy")], threading.Event()
 
     def run(self) -> None:
         while not self.over.wait(0.5):
-            self.seen.append(self._now(self.up))
-
-    @staticmethod
-    def _now(up: Up) -> float:
-        total = 0
-        for process in psutil.Process(up.pid).children(recursive=True):
-            try:
-                if any(word in " ".join(process.cmdline()) for word in ("ServeReplica", "Proxy")):
-                    total += process.memory_info().rss
-            except psutil.Error:
-                continue
-        return total / 2**20
+            self.seen.append(self.up.resident_mb("ServeReplica", "Proxy"))
 
 
 def percentile(answers: list[Answer], share: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,14 +31,26 @@ class Up:
     pid: int
     replicas: set[int] = field(default_factory=set)
 
-    def now(self) -> set[int]:
-        """Processes of its replicas."""
-        family = psutil.Process(self.pid).children(recursive=True)
-        return {p.pid for p in family if "ServeReplica:raysal" in " ".join(p.cmdline())}
+    def processes(self, *kinds: str) -> list[psutil.Process]:
+        """Its processes whose command line names one of the kinds; without any its replicas."""
+        found = []
+        for process in psutil.Process(self.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # ended meanwhile
+                if any(kind in " ".join(process.cmdline()) for kind in kinds or ("ServeReplica:raysal",)):
+                    found.append(process)
+        return found
+
+    def resident_mb(self, *kinds: str) -> float:
+        """Resident memory of `processes`."""
+        total = 0
+        for process in self.processes(*kinds):
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total / 2**20
 
     def restarts(self) -> int:
         """Replicas that are not there any more."""
-        return len(self.replicas - self.now())
+        return len(self.replicas - {p.pid for p in self.processes()})
 
 
 @contextmanager
@@ -52,7 +65,7 @@ def endpoint(checkpoint: str, *options: str) -> Iterator[Up]:
     try:
         told = json.loads(process.stdout.readline())
         up = Up(told["url"], told["dashboard"], process.pid)
-        up.replicas = up.now()
+        up.replicas = {p.pid for p in up.processes()}
         yield up
     finally:
         process.send_signal(signal.SIGINT)

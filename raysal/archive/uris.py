@@ -20,6 +20,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from raysal.archive.entries import cause_of
 from raysal.errors import InputError, RaysalError
 
 
@@ -51,18 +52,13 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, TimeoutError, asyncio.TimeoutError) as error:
-        raise RaysalError(f"{uri}: the store does not answer ({_said(error)}); run the same command again once it does") from error
+        raise RaysalError(f"{uri}: the store does not answer ({cause_of(error)}); run the same command again once it does") from error
     except PermissionError as error:
-        raise InputError(f"{uri}: may not be read ({_said(error)}); ask for the right to, or give the keys that have it") from error
+        raise InputError(f"{uri}: may not be read ({cause_of(error)}); ask for the right to, or give the keys that have it") from error
     except (RaysalError, OSError, ValueError, ImportError, TypeError, pa.ArrowException):
         raise
     except Exception as error:  # drivers have types of their own; NoCredentialsError, EndpointConnectionError, ClientResponseError
-        raise RaysalError(f"{uri}: the store can't be used ({_said(error)}); mend that and run the same command again") from error
-
-
-def _said(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+        raise RaysalError(f"{uri}: the store can't be used ({cause_of(error)}); mend that and run the same command again") from error
 
 
 def is_local(uri: str) -> bool:
@@ -221,7 +217,7 @@ def write_errors(uri: str, needed: str = "") -> Iterator[None]:
     except (RaysalError, ValueError, TypeError):
         raise
     except Exception as error:  # of the drivers, as in `store_errors`
-        raise RaysalError(f"{uri}: can't be written: {_said(error)}; mend that and run the same command again") from error
+        raise RaysalError(f"{uri}: can't be written: {cause_of(error)}; mend that and run the same command again") from error
 
 
 class _Stream(io.RawIOBase):

@@ -158,12 +158,13 @@ def ask(
     """
     from raysal.archive.uris import read_bytes
     from raysal.client import Endpoint
+    from raysal.serving.tokens import ENVIRONMENT, tokens_in
 
     try:
-        text = os.environ.get("RAYSAL_TOKENS", "").replace(",", "\n") if tokens is None else read_bytes(str(tokens)).decode()
+        text = os.environ.get(ENVIRONMENT, "").replace(",", "\n") if tokens is None else read_bytes(str(tokens)).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--tokens {tokens}: can't be read ({error}); give a text file with one token a line") from error
-    token = next((line.strip() for line in text.splitlines() if line.strip()), None)
+    token = next(iter(tokens_in(text)), None)
     ui = Ui(json_)
     with ui:
         ui.stage(None, "ask", "start", 0)

@@ -75,8 +75,7 @@ class Tokens:
             stat = self.file.stat()
             seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             if seen != self._seen:
-                lines = [line.strip() for line in self.file.read_text(encoding="utf-8").splitlines()]
-                found = _hashes([line for line in lines if line and not line.startswith("#")], str(self.file))
+                found = _hashes(tokens_in(self.file.read_text(encoding="utf-8")), str(self.file))
                 self._seen, self._of_file = seen, found
         except (OSError, UnicodeDecodeError) as error:
             if self._seen is None:
@@ -85,6 +84,11 @@ class Tokens:
             if self._seen is None:  # a file that is being written does not lock everybody out
                 raise
         return self._of_file
+
+
+def tokens_in(text: str) -> list[str]:
+    """The tokens of a file's text: one a line, without empty lines and those that begin with #."""
+    return [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
 
 
 def _refusal(title: str) -> Problem:

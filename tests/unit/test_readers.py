@@ -152,7 +152,7 @@ def test_a_store_that_refuses_is_said(tmp_path: Path) -> None:
             raise PermissionError("no rights")
 
     fsspec.register_implementation("refusing", Refusing, clobber=True)
-    with pytest.raises(InputError, match=r"refusing://.*may not be read \(no rights\); ask for the right to"):
+    with pytest.raises(InputError, match=r"refusing://.*may not be read \(PermissionError: no rights\); ask for the right to"):
         folder.read(config("folder", "refusing://bucket/data"))
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from raysal.client import Endpoint
 from raysal.errors import InputError
 from raysal.serving.deployment import NAME
 from raysal.serving.local import APPLICATION, IMPORT_PATH, check_exposure, config
@@ -62,3 +63,17 @@ def test_bad_options_are_refused_in_one_line_before_ray_starts(
     assert code == 2 and said in err and "Traceback" not in err
     assert raysal("serve", "promote", trained, "--precision", "0")[0] == 2
     assert raysal("serve", trained / "none")[0] == 2
+
+
+def test_the_token_of_a_folders_requests_is_the_first_of_the_file(tmp_path: Path, raysal: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str | None] = []
+    monkeypatch.setattr(Endpoint, "save_masks", lambda self, *_: given.append(self.token) or {})
+    (tmp_path / "tokens").write_text("# of this month\n\n  a-token-of-some-length \nthe-one-before-that\n")
+    assert raysal("serve", "ask", tmp_path, "--out", tmp_path / "masks", "--tokens", tmp_path / "tokens")[0] == 0
+    monkeypatch.setenv("RAYSAL_TOKENS", "one-of-the-environment,another")
+    assert raysal("serve", "ask", tmp_path, "--out", tmp_path / "masks")[0] == 0
+    monkeypatch.delenv("RAYSAL_TOKENS")
+    assert raysal("serve", "ask", tmp_path, "--out", tmp_path / "masks")[0] == 0
+    assert given == ["a-token-of-some-length", "one-of-the-environment", None]
+    code, _, said = raysal("serve", "ask", tmp_path, "--out", tmp_path / "masks", "--tokens", tmp_path / "none")
+    assert code == 2 and "give a text file with one token a line" in said
