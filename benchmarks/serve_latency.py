@@ -4,7 +4,8 @@
     python benchmarks/serve_latency.py
 
 One client asks for one image at a time; the same images go through the same model in a bare loop that decodes, predicts and encodes. Then
-16 clients of locust ask at once, and `raysal label` labels the same images. No image comes twice. Sides alternate.
+16 clients of locust ask at once, and `raysal label` labels the same images. All by Ray's own proxy and by HAProxy. No image comes twice;
+sides alternate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import httpx
 import torch
 from common import Claim, median_ratio, options, write
-from parts.endpoint import endpoint, load, pictures
+from parts.endpoint import Up, endpoint, load, pictures
 from parts.scenes import manifest, untrained
 
 from raysal.answers import Masks
@@ -32,6 +33,9 @@ from raysal.model.engines import settle
 from raysal.model.runtime import Predictor
 from raysal.stream.label import label_pool
 from raysal.stream.worker import Picture, Source
+
+PROXIES = ("Ray's proxy", "HAProxy")
+"""What stands before the replicas; the first is the default."""
 
 
 def bare(checkpoint: str, files: list[Path]) -> list[float]:
@@ -48,16 +52,34 @@ def bare(checkpoint: str, files: list[Path]) -> list[float]:
     return seconds
 
 
-def asked(url: str, files: list[Path]) -> list[float]:
+def asked(up: Up, files: list[Path]) -> list[float]:
     """Seconds of each answer, over one connection."""
     seconds = []
-    with httpx.Client(timeout=90) as client:
+    with httpx.Client(timeout=90, headers={"Authorization": f"Bearer {up.token}"} if up.token else {}) as client:
         for file in files:
             data = file.read_bytes()
             began = time.perf_counter()
-            client.post(f"{url}/v1/masks", content=data).raise_for_status()
+            client.post(f"{up.url}/v1/masks", content=data).raise_for_status()
             seconds.append(time.perf_counter() - began)
     return seconds
+
+
+def offline(checkpoint: str, files: list[Path], scratch: Path) -> float:
+    """Images per second of `raysal label` by actors, without its start-up."""
+    place, cfg = manifest(scratch / "manifest.parquet", [str(f) for f in files]), build({"compute": {"in_process": 0}})
+    seen: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory(dir=scratch) as labels, connected(cfg.compute):
+        label_pool(place, checkpoint, labels, cfg, lambda done, *_: seen.append((time.perf_counter(), done)))
+    (began, first), (ended, last) = seen[min(4, len(seen) - 2)], seen[-1]
+    return (last - first) / (ended - began)
+
+
+def online(up: Up, images: Path, seconds: float, first: int) -> tuple[float, int]:
+    """Images per second that 16 clients get, and how many were asked for."""
+    answers = load(up, images, 16, seconds, first)
+    steady = [a for a in answers if a.asked > answers[0].asked + 3 and a.status == 200]
+    assert len(steady) > 10, {a.status for a in answers}
+    return len(steady) / (max(a.asked + a.seconds for a in steady) - min(a.asked for a in steady)), len(answers)
 
 
 def main() -> None:
@@ -69,46 +91,38 @@ def main() -> None:
     args = parser.parse_args()
     seconds, pairs, px, each = (8.0, 1, 64, 20) if args.quick else (args.seconds, args.pairs, args.px, 60)
     torch.set_num_threads(1)
-    added, ratios, offline, online, alone, whole = [], [], [], [], [], []
+    alone, label = list[float](), list[float]()
+    answer: dict[str, list[float]] = {name: [] for name in PROXIES}
+    rate: dict[str, list[float]] = {name: [] for name in PROXIES}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         checkpoint = untrained(scratch / "checkpoint", px, args.encoder)
-        files = pictures(scratch / "images", each * pairs * 2 + int(200 * seconds * pairs), px)
-        at = 0
-        for pair in range(pairs):
-            with endpoint(checkpoint) as up:
-                asked(up.url, files[at : at + 5])
-                one, two = files[at + 5 : at + each], files[at + each : at + 2 * each]
-                at += 2 * each
-                alone.append(statistics.median(bare(checkpoint, two)[5:]))
-                whole.append(statistics.median(asked(up.url, one)[5:]))
-                added.append(whole[-1] - alone[-1])
-                answers = load(up, scratch / "images", 16, seconds, at)
-            steady = [a for a in answers if a.asked > answers[0].asked + 3 and a.status == 200]
-            assert len(steady) > 10, {a.status for a in answers}
-            online.append(len(steady) / (max(a.asked + a.seconds for a in steady) - min(a.asked for a in steady)))
-            todo = files[at : at + len(answers)]
-            at += len(answers)
-            place, cfg = manifest(scratch / f"{pair}.parquet", [str(f) for f in todo]), build({"compute": {"in_process": 0}})
-            seen: list[tuple[float, int]] = []
-
-            def note(done: int, *_: object, to: list[tuple[float, int]] = seen) -> None:
-                to.append((time.perf_counter(), done))
-
-            with connected(cfg.compute):
-                label_pool(place, checkpoint, str(scratch / f"labels{pair}"), cfg, note)
-            (began, first), (ended, last) = seen[min(4, len(seen) - 2)], seen[-1]
-            offline.append((last - first) / (ended - began))
-            ratios.append(online[-1] / offline[-1])
-    claims = [
-        Claim("one client: seconds of an answer - seconds of the bare work", statistics.median(added), None, "lower", "s"),
-        Claim("one client: seconds of an answer / of the bare work", median_ratio(whole, alone), None, "lower", "x"),
-        Claim("16 clients: images/s / raysal label on the same cores, steady", statistics.median(ratios), 0.85, "higher", "x"),
-    ]
-    rows = [f"| {a:.3f} | {w:.3f} | {on:.1f} | {off:.1f} |" for a, w, on, off in zip(alone, whole, online, offline, strict=True)]
-    head = f"DeepLabV3+ with {args.encoder}, {px} px, one replica, {os.cpu_count()} cores; locust runs on the same ones.\n\n"
-    table = "| bare, s | answer, s | 16 clients, images/s | raysal label, images/s |\n|---|---|---|---|\n" + "\n".join(rows)
-    write("serve_latency", "The endpoint beside the bare model", claims, args.out, head + table)
+        files, at = pictures(scratch / "images", each * pairs * 4 + int(250 * seconds * pairs), px), 0
+        for _ in range(pairs):
+            alone.append(statistics.median(bare(checkpoint, files[at : at + each])[5:]))
+            for proxy in PROXIES:
+                at += each
+                with endpoint(checkpoint, haproxy=proxy == "HAProxy") as up:
+                    answer[proxy].append(statistics.median(asked(up, files[at : at + each])[5:]))
+                    found, n = online(up, scratch / "images", seconds, at + each)
+                rate[proxy].append(found)
+                at += n
+            label.append(offline(checkpoint, files[at - n : at + n], scratch))
+    claims = []
+    for proxy in PROXIES:
+        added = statistics.median(a - b for a, b in zip(answer[proxy], alone, strict=True))
+        target = 0.85 if proxy == PROXIES[0] else None
+        claims += [
+            Claim(f"{proxy}, one client: seconds of an answer - seconds of the bare work", added, None, "lower", "s"),
+            Claim(f"{proxy}, one client: seconds of an answer / of the bare work", median_ratio(answer[proxy], alone), None, "lower", "x"),
+            Claim(f"{proxy}, 16 clients: images/s / raysal label, steady", median_ratio(rate[proxy], label), target, "higher", "x"),
+        ]
+    head = f"DeepLabV3+ with {args.encoder}, {px} px, one replica, {os.cpu_count()} cores; locust runs on the same ones. "
+    head += f"The default is {PROXIES[0]}; HAProxy listens on every address and needs tokens.\n\n"
+    sides = {"bare, s": alone} | {f"answer by {p}, s": answer[p] for p in PROXIES}
+    sides |= {f"16 clients by {p}, images/s": rate[p] for p in PROXIES} | {"raysal label, images/s": label}
+    table = ["| side | each time |", "|---|---|", *(f"| {side} | {', '.join(f'{v:.3g}' for v in vs)} |" for side, vs in sides.items())]
+    write("serve_latency", "The endpoint beside the bare model", claims, args.out, head + "\n".join(table))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,11 +26,12 @@ from raysal.datasets.synthetic import scene
 
 @dataclass
 class Up:
-    """A running endpoint: where it answers, its dashboard, the command's process, and the replicas that it began with."""
+    """A running endpoint: where it answers, its dashboard, the command's process, its token, and the replicas that it began with."""
 
     url: str
     dashboard: str
     pid: int
+    token: str | None = None
     replicas: set[int] = field(default_factory=set)
 
     def processes(self, *kinds: str) -> list[psutil.Process]:
@@ -54,17 +57,25 @@ class Up:
 
 
 @contextmanager
-def endpoint(checkpoint: str, *options: str) -> Iterator[Up]:
-    """`raysal serve` on a free port."""
+def endpoint(checkpoint: str, *options: str, haproxy: bool = False) -> Iterator[Up]:
+    """`raysal serve` on a free port; behind HAProxy instead of Ray's own proxy where that is asked for, which needs a token."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "raysal", "serve", checkpoint, "--port", str(port), "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    token, more = (secrets.token_hex(24), dict[str, str]()) if haproxy else (None, {})
+    place = tempfile.mkdtemp(prefix="haproxy-")  # its files are shared by all on a machine otherwise
+    if token is not None:
+        more = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAYSAL_TOKENS": token, "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{place}/haproxy.cfg"}
+        more |= {
+            f"RAY_SERVE_HAPROXY_{name}": f"{place}/{name.lower()}" for name in ("SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH")
+        }
+        more["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = place
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | more)
     assert process.stdout is not None
     try:
         told = json.loads(process.stdout.readline())
-        up = Up(told["url"], told["dashboard"], process.pid)
+        up = Up(told["url"], told["dashboard"], process.pid, token)
         up.replicas = {p.pid for p in up.processes()}
         yield up
     finally:
@@ -73,6 +84,7 @@ def endpoint(checkpoint: str, *options: str) -> Iterator[Up]:
             process.wait(180)
         except subprocess.TimeoutExpired:
             process.kill()
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,7 @@ def load(up: Up, images: Path, clients: int, seconds: float, first: int = 0, rat
     with tempfile.TemporaryDirectory() as name:
         notes = Path(name) / "notes.jsonl"
         about = {"LOAD_IMAGES": images, "LOAD_NOTES": notes, "LOAD_FIRST": first, "LOAD_PACE_S": clients / rate if rate else 0}
+        about["LOAD_TOKEN"] = up.token or ""
         command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("load.py")), "--headless", "--host", up.url]
         command += ["-u", str(clients), "-r", str(clients), "-t", f"{seconds:.0f}s", "--stop-timeout", "60", "--only-summary"]
         done = subprocess.run(command, env=os.environ | {k: str(v) for k, v in about.items()}, capture_output=True, text=True)

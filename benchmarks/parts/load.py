@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import time
 from pathlib import Path
 
+import gevent
 from locust import FastHttpUser, constant_pacing, task
 
 IMAGES = [path.read_bytes() for path in sorted(Path(os.environ["LOAD_IMAGES"]).iterdir())]
 NOTES = open(os.environ["LOAD_NOTES"], "a", buffering=1)  # noqa: SIM115 - until the process ends
 PACE_S = float(os.environ["LOAD_PACE_S"])
+HEADERS = {"Authorization": f"Bearer {token}"} if (token := os.environ["LOAD_TOKEN"]) else {}
 NEXT = itertools.count(int(os.environ["LOAD_FIRST"]))
 
 
@@ -23,12 +26,16 @@ class Client(FastHttpUser):
     if PACE_S:
         wait_time = constant_pacing(PACE_S)
 
+        def on_start(self) -> None:
+            """Users begin at any time of their pace: together they would ask all at once, again and again."""
+            gevent.sleep(random.uniform(0, PACE_S))
+
     @task
     def ask(self) -> None:
         """One image, another one each time."""
         image = IMAGES[next(NEXT) % len(IMAGES)]
         began, clock = time.perf_counter(), time.time()
-        with self.client.post("/v1/masks", data=image, catch_response=True) as response:
+        with self.client.post("/v1/masks", data=image, headers=HEADERS, catch_response=True) as response:
             seconds = time.perf_counter() - began
             response.success()  # what a status means is for whoever reads the notes
         NOTES.write(

@@ -51,7 +51,7 @@ class Endpoint:
         )(forward)
 
     def __serve_build_asgi_app__(self) -> object:
-        return make_app(self.service, self.tokens, proxied=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1")
+        return make_app(self.service, self.tokens, proxied=behind_haproxy())
 
     async def reconfigure(self, user_config: dict) -> None:
         """A hot swap.
@@ -64,6 +64,11 @@ class Endpoint:
         """Serve replaces a replica where this fails."""
         if self.service.broken:
             raise RuntimeError("the network fails on every image; the replica is replaced")
+
+
+def behind_haproxy() -> bool:
+    """Whether Serve puts HAProxy before the replicas, which is quicker than its own proxy but listens on every address."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 
 def build(args: Settings) -> Application:

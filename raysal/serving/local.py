@@ -14,7 +14,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from raysal.archive.uris import absolute
 from raysal.cluster import start_here
 from raysal.errors import InputError, RaysalError, ResourceError
-from raysal.serving.deployment import NAME
+from raysal.serving.deployment import NAME, behind_haproxy
 from raysal.serving.models import check_successor, load
 from raysal.serving.settings import ModelSpec, Settings
 from raysal.serving.tokens import HOW, Tokens
@@ -43,11 +43,13 @@ def config(settings: Settings, host: str, port: int, replicas: int) -> dict[str,
 
 
 def check_exposure(settings: Settings, host: str) -> None:
-    """Refuses to listen to the network without tokens.
+    """Refuses to listen to the network without tokens. HAProxy listens on every address, and lets clients seem to be on this machine.
 
     Raises:
         InputError: It says how to make some.
     """
+    if behind_haproxy() and not Tokens(settings.tokens_file).wanted:
+        raise InputError(f"behind HAProxy every client needs a token, but there are none: {HOW}; or unset RAY_SERVE_ENABLE_HA_PROXY")
     if host not in LOOPBACK and not Tokens(settings.tokens_file).wanted:
         raise InputError(f"--host {host} listens to the network, but there are no tokens: {HOW}; or leave --host out: 127.0.0.1")
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,6 +212,32 @@ def test_a_replica_that_is_killed_costs_a_retrying_client_nothing(running: Runni
     assert len(replicas()) == 2
 
 
+def test_it_keeps_to_its_own_description(running: Running) -> None:
+    """Requests that schemathesis makes up from /openapi.json, good and bad ones: no failure, no status that is not described."""
+    schemathesis = pytest.importorskip("schemathesis", reason="no schemathesis; pip install 'raysal[test]'")
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis import checks
+    from schemathesis.generation import GenerationMode
+
+    held = [checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance]
+    held += [checks.response_schema_conformance, checks.unsupported_method]
+    asked: Counter[tuple[str, int]] = Counter()
+    operations = [result.ok() for result in schemathesis.openapi.from_url(f"{running.url}/openapi.json").get_all_operations()]
+    for operation in operations:
+        for mode in GenerationMode:
+            if mode == GenerationMode.NEGATIVE and operation.method.upper() == "GET":
+                continue  # it takes nothing that could be wrong
+
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            def ask(case: Any, path: str = operation.path) -> None:
+                asked[path, case.call_and_validate(checks=held, timeout=60).status_code] += 1
+
+            ask()
+    assert {path for path, _ in asked} == {operation.path for operation in operations}
+    assert sum(n for (path, _), n in asked.items() if path == "/v1/masks") >= 25, asked
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A Chromium that is on this machine."""
@@ -223,6 +250,38 @@ def browser() -> Iterator[Any]:
         chromium = started.chromium.launch(executable_path=program, args=quiet)
         yield chromium
         chromium.close()
+
+
+@pytest.mark.data
+def test_panoramas_have_one_mask_by_curl_the_client_the_page_and_raysal_label(
+    running: Running, browser: Any, shared: Path, tmp_path: Path
+) -> None:
+    images = shared / "data/mars/panoramas/images"
+    if shutil.which("curl") is None:
+        pytest.skip("no curl")
+    promoted = running.promote(running.root / "first")
+    assert promoted.returncode == 0, promoted.stderr
+    label_pool(open_manifest(str(images)), str(running.root / "first"), str(tmp_path / "labels"), build({"run": str(tmp_path)}))
+    labels = pq.read_table([str(f) for f in (tmp_path / "labels").glob("part-*.parquet")]).to_pylist()
+    page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+    page.goto(running.url)
+    for row in labels:
+        file, by_curl = images / Path(row["uri"]).name, tmp_path / f"{Path(row['uri']).stem}.png"
+        subprocess.run(["curl", "-sSf", "--data-binary", f"@{file}", f"{running.url}/v1/masks", "-o", str(by_curl)], check=True)
+        assert by_curl.read_bytes() == row["mask_png"], file.name
+        mask_HW = decode_mask(row["mask_png"], 10**8, file.name)
+        assert mask_HW.shape == Image.open(file).size[::-1]
+        np.testing.assert_array_equal(Endpoint(running.url).mask(file), mask_HW)
+        page.set_input_files("#files", str(file))
+        button = page.locator("#list button:not([disabled])", has_text=file.name)
+        button.wait_for(timeout=120_000)
+        button.click()
+        page.locator(f"#png[download^='{file.stem}']").wait_for(timeout=120_000)
+        with page.expect_download() as download:
+            page.click("#png")
+        download.value.save_as(by_curl)
+        assert by_curl.read_bytes() == row["mask_png"], file.name
+    assert len(labels) == 3
 
 
 @pytest.mark.parametrize("device", ["desk", "phone"])

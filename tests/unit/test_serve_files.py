@@ -48,6 +48,10 @@ def test_no_endpoint_listens_to_the_network_without_tokens(tmp_path: Path, monke
         check_exposure(Settings(checkpoint="a"), "0.0.0.0")
     (tmp_path / "tokens").write_text("a-token-of-some-length\n")
     check_exposure(Settings(checkpoint="a", tokens_file=str(tmp_path / "tokens")), "0.0.0.0")
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    check_exposure(Settings(checkpoint="a", tokens_file=str(tmp_path / "tokens")), "127.0.0.1")
+    with pytest.raises(InputError, match="behind HAProxy every client needs a token"):
+        check_exposure(Settings(checkpoint="a"), "127.0.0.1")
 
 
 @pytest.mark.parametrize(
