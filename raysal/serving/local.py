@@ -30,6 +30,7 @@ def config(settings: Settings, host: str, port: int, replicas: int) -> dict[str,
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": host, "port": port},
+        "logging_config": {"encoding": "JSON", "enable_access_log": False},  # the guard logs each request, with its id
         "applications": [
             {
                 "name": APPLICATION,

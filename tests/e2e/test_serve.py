@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 MODEL = ModelConfig(arch="Unet", encoder="tu-mobilenetv3_small_050")
 SIDE = 96
+REPOSITORY = Path(__file__).resolve().parents[2]
 START_S = 400
 
 
@@ -236,6 +238,36 @@ def test_it_keeps_to_its_own_description(running: Running) -> None:
             ask()
     assert {path for path, _ in asked} == {operation.path for operation in operations}
     assert sum(n for (path, _), n in asked.items() if path == "/v1/masks") >= 25, asked
+
+
+def test_each_number_on_the_dashboard_is_measured(running: Running) -> None:
+    dashboard = json.loads((REPOSITORY / "deploy/grafana/endpoint.json").read_text())
+    shown = {name for panel in dashboard["panels"] for t in panel["targets"] for name in re.findall(r"ray_raysal_\w+", t["expr"])}
+    assert len(shown) >= 8
+    token = (Path.home() / ".ray/auth_token").read_text().strip()
+    Endpoint(running.url).mask(running.images[0])
+    assert httpx.post(f"{running.url}/v1/masks", content=b"not an image", timeout=60).status_code == 415
+    there: set[str] = set()
+    deadline = time.monotonic() + START_S
+    while not shown <= there and time.monotonic() < deadline:  # Ray gathers them every few seconds
+        told = httpx.get(f"{running.dashboard}/api/prometheus/sd", headers={"Authorization": f"Bearer {token}"}, timeout=60).json()
+        for target in {t for group in told for t in group["targets"]}:
+            there |= set(re.findall(r"^(ray_raysal_\w+)", httpx.get(f"http://{target}/metrics", timeout=60).text, re.MULTILINE))
+        time.sleep(1)
+    assert shown <= there, shown - there
+
+
+def test_a_request_is_one_line_of_json_in_the_log_and_no_secret_is(running: Running) -> None:
+    request_id, secret = "test-of-the-log-1", "a-token-that-nobody-may-read"
+    headers = {"X-Request-Id": request_id, "Authorization": f"Bearer {secret}"}
+    answer = httpx.post(f"{running.url}/v1/masks", content=running.images[0].read_bytes(), headers=headers, timeout=60)
+    assert answer.status_code == 200 and answer.headers["x-request-id"] == request_id
+    files = {Path(f.path) for p in processes("ServeReplica:raysal", running.process.pid) for f in p.open_files() if f.path.endswith(".log")}
+    lines = [line for file in files if "serve" in file.parts for line in file.read_text().splitlines()]
+    mine = [json.loads(line) for line in lines if request_id in line]
+    assert [(m["request_id"], m["route"], m["status"]) for m in mine] == [(request_id, "/v1/masks", 200)], mine
+    assert mine[0]["seconds"] > 0
+    assert not any(secret in file.read_text(errors="replace") for file in files)
 
 
 @pytest.fixture(scope="module")
