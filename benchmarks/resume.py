@@ -36,7 +36,7 @@ def main() -> None:
         alone = ["label", checkpoint, place, "--out", str(scratch / "alone"), *settings]
         subprocess.run([sys.executable, "-m", "raysal", *alone], check=True, stdout=subprocess.DEVNULL)
         out = str(scratch / "killed")
-        killer = Killer(["label", checkpoint, place, "--out", out, *settings], out, args.seed)
+        killer = Killer(["label", checkpoint, place, "--out", out, *settings], args.seed)
         done = killed(killer, kills)
         expected, found = masks(str(scratch / "alone")), masks(out)
     same = sum(found.get(i) == row for i, row in expected.items())

@@ -88,7 +88,7 @@ def main() -> None:
         scored = said["counts"]["ok"]
         start = time.perf_counter()
         out = f"{BUCKET}/labels"
-        killer = Killer(["label", model, place, "--out", out, *settings], out, args.seed)
+        killer = Killer(["label", model, place, "--out", out, *settings], args.seed)
         done = killed(killer, kills)
         seconds["label, killed"] = time.perf_counter() - start
         again = raysal("label", model, place, "--out", out, *settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,9 +16,11 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from raysal.archive.tables import read_table
-from raysal.archive.uris import list_names
 
 KINDS = ("driver", "actor", "node")
+
+LONGEST_PAUSE_S = 40.0
+"""Between two kills, at most: longer than a driver and its actors take to start, and than a block of images takes."""
 
 
 class Killer:
@@ -25,16 +28,15 @@ class Killer:
 
     Args:
         arguments: The command, without the cluster's address.
-        shards: URI of the folder in which its finished work appears.
         seed: Of the moments.
     """
 
-    def __init__(self, arguments: list[str], shards: str, seed: int) -> None:
+    def __init__(self, arguments: list[str], seed: int) -> None:
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
         self.second = self.cluster.add_node(num_cpus=4)
         address = ["--set", f"compute.address={json.dumps(self.cluster.address)}"]
         self.command = [sys.executable, "-m", "raysal", *arguments, *address]
-        self.shards, self.random, self.driver = shards, random.Random(seed), None
+        self.random, self.driver = random.Random(seed), None
         self.starts = 0
 
     def work(self) -> None:
@@ -44,12 +46,11 @@ class Killer:
             self.starts += 1
 
     def kill(self, kind: str) -> bool:
-        """Lets some shards be finished and kills; whether there was something to kill."""
+        """Kills at any moment of the work, its start and its end included; whether there was something to kill."""
         self.work()
-        before, more = self._done(), self.random.randint(1, 4)
-        if not self._wait(lambda: self._done() >= before + more):
+        moment = time.monotonic() + self.random.uniform(0, LONGEST_PAUSE_S)
+        if not self._wait(lambda: time.monotonic() > moment and (kind != "actor" or self._actors())):
             return False
-        time.sleep(self.random.random() * 0.3)
         if kind == "driver":
             self.driver.kill()
             self.driver.wait()
@@ -57,8 +58,8 @@ class Killer:
             self.cluster.remove_node(self.second, allow_graceful=False)
             self.second = self.cluster.add_node(num_cpus=4)
         else:
-            actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in _name(p)]
-            os.kill(self.random.choice(actors).pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, IndexError):  # it ended this moment
+                os.kill(self.random.choice(self._actors()).pid, signal.SIGKILL)
         return True
 
     def finish(self) -> None:
@@ -73,8 +74,8 @@ class Killer:
     def close(self) -> None:
         self.cluster.shutdown()
 
-    def _done(self) -> int:
-        return sum(name.startswith("part-") for name in list_names(self.shards))
+    def _actors(self) -> list[psutil.Process]:
+        return [p for p in psutil.Process().children(recursive=True) if "MapWorker" in _name(p)]
 
     def _wait(self, reached: Callable[[], bool], timeout_s: float = 300) -> bool:
         deadline = time.monotonic() + timeout_s

@@ -88,8 +88,13 @@ def entry_of(uri: str, info: dict[str, Any]) -> Entry:
     if etag is None and info.get("crc") is not None:
         etag = f"{info['crc']:08x}"
     when = next((info[k] for k in TIMES if info.get(k)), None)
-    size = info.get("size")
-    return Entry(uri, None if size is None else int(size), etag.strip('"') if etag else None, utc(when))
+    return Entry(uri, size_of(info.get("size")), etag.strip('"') if etag else None, utc(when))
+
+
+def size_of(said: Any) -> int | None:
+    """Bytes, from what somebody says; None for what no file can have."""
+    text = str(said)
+    return int(text) if text.isdecimal() and int(text) < 2**63 else None
 
 
 def utc(when: Any) -> datetime | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import fsspec.asyn
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from raysal.archive.uris import open_fs
@@ -43,7 +44,7 @@ def fetch_image(uri: str, max_bytes: int, max_seconds: float = 120.0) -> bytes:
 
         def read() -> bytes:
             left = deadline - time.monotonic()
-            if getattr(fs, "async_impl", False) and hasattr(fs, "open_async") and not getattr(fs, "asynchronous", False):
+            if isinstance(fs, AsyncFileSystem) and not fs.asynchronous:
                 data: bytes = fsspec.asyn.sync(fs.loop, _read_async, fs, path, max_bytes + 1, timeout=left)
                 return data
             return _read_pieces(fs, path, max_bytes + 1, deadline)
@@ -101,6 +102,8 @@ def status_of(error: BaseException) -> int | None:
 
 async def _read_async(fs: Any, path: str, n_bytes: int) -> bytes:
     """At most so many bytes of a file; what more there is stays where it is."""
+    if type(fs).open_async is AsyncFileSystem.open_async:  # which only raises; drivers of Google and Azure read ranges instead
+        return bytes(await fs._cat_file(path, start=0, end=n_bytes))
     file = await fs.open_async(path, "rb")
     data = bytearray()
     try:

@@ -13,7 +13,9 @@ from datetime import datetime, timezone
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import raysal
 from raysal.archive.entries import Entry, Tally
@@ -122,20 +124,28 @@ def index(
     return run.summary(time.perf_counter() - started)
 
 
-def rows_of(uri: str) -> pa.Table:
-    """The manifest of a place in memory, of whatever kinds its images are, as `index` would write it.
+def rows_of(uri: str, on_unreadable: Callable[[str], None] | None = None) -> pa.Table:
+    """The manifest of a place in memory, of whatever kinds its images are, as `index` would write it; about 300 bytes an image.
+
+    Args:
+        uri: As `open_place` takes it.
+        on_unreadable: Told where a part of the place can't be listed; None refuses such a place.
 
     Raises:
         InputError: The place can't be listed, or part of it can't.
     """
     place, tally = open_place(uri), Tally()
     run = _Run("", {"run": 0, "shards": {}}, Filters(kinds=frozenset(KINDS)), [place], lambda files: None)
-    rows = list({row["uri"]: row for row in run.wanted(place, tally)}.values())
+    rows = pa.concat_tables([manifest_schema().empty_table(), *_shards(run.wanted(place, tally))])
     if tally.unreadable:
-        raise InputError(
-            f"{uri}: {tally.unreadable} of its files and folders can't be read, the first is {tally.examples[0]}; index it first"
-        )
-    return pa.Table.from_pylist(rows, schema=manifest_schema())
+        said = f"{uri}: {tally.unreadable} of its files and folders can't be read, the first is {tally.examples[0]}"
+        if on_unreadable is None:
+            raise InputError(f"{said}; index it first")
+        on_unreadable(said)
+    if pc.count_distinct(rows["uri"]).as_py() == rows.num_rows:
+        return rows
+    places = pa.table({"uri": rows["uri"], "at": np.arange(rows.num_rows)}).group_by("uri").aggregate([("at", "max")])["at_max"]
+    return rows.take(pc.take(places, pc.sort_indices(places)))
 
 
 def row(entry: Entry, product: Product, root: str) -> dict[str, Any]:

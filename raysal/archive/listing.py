@@ -29,6 +29,8 @@ from raysal.errors import InputError, RaysalError
 
 SORTED = 50_000
 """Files of one local folder that are sorted together: order where it costs nothing, bounded memory where a folder is huge."""
+TOGETHER = 1000
+"""Objects of an S3 listing that are held to find labels beside images."""
 DEEPEST = 64
 """Folders below folders of a remote store; a listing that leads deeper leads in circles."""
 ASKED_AT_ONCE, ASKED_FOR_S = 16, 30.0
@@ -259,14 +261,27 @@ def _s3(place: Place, tally: Tally) -> Iterator[Entry]:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    # Keys that are equal up to the first dot of their names follow each other: a label comes with its image.
-    for _, group in groupby(objects(), key=lambda o: o["Key"][: (o["Key"] + ".").index(".", o["Key"].rfind("/") + 1)]):
-        together = list(group)
+    for together in _beside(objects()):
         stems = {o["Key"][:-4] for o in together if o["Key"].lower().endswith(".xml")}
         for found in together:
             uri = f"s3://{bucket}/{found['Key']}"
             if tally.is_image(found["Key"], stems.__contains__) and _nameable(uri, tally):
                 yield entry_of(uri, {"size": found.get("Size"), **found})
+
+
+def _beside(objects: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Objects in order of their keys, in groups that hold an image's label too: it has the image's stem, so it follows close behind.
+
+    Keys that are equal up to the first dot of their names stay together; in long groups those of one stem do.
+    """
+    for _, group in groupby(objects, key=lambda o: o["Key"][: (o["Key"] + ".").index(".", o["Key"].rfind("/") + 1)]):
+        together: list[dict[str, Any]] = []
+        for found in group:
+            if len(together) >= TOGETHER and posixpath.splitext(found["Key"])[0] != posixpath.splitext(together[-1]["Key"])[0]:
+                yield together
+                together = []
+            together.append(found)
+        yield together
 
 
 def _store(place: Place, tally: Tally) -> Iterator[Entry]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from raysal.archive.entries import Entry, Tally, utc
+from raysal.archive.entries import Entry, Tally, size_of, utc
 from raysal.archive.uris import canonical
 from raysal.errors import InputError
 
@@ -71,8 +71,8 @@ def _entry(row: dict[str, Any], base: str, where: str, tally: Tally) -> Entry | 
         except (OSError, ValueError):  # stays an entry: fetching it will tell why
             tally.missing += 1
             return Entry(uri)
-    size, etag = str(row.get("size")), row.get("etag")
-    return Entry(uri, int(size) if size.isdecimal() else None, str(etag) if etag else None, utc(row.get("modified")))
+    etag = row.get("etag")
+    return Entry(uri, size_of(row.get("size")), str(etag) if etag else None, utc(row.get("modified")))
 
 
 def _lines(file: Any) -> Iterator[tuple[int, str]]:

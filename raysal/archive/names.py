@@ -233,7 +233,11 @@ def _path_of(name: str) -> tuple[str, str]:
     """Path and query of a name; percent signs stand for other characters in web addresses only."""
     inner = name.split("::", 1)[0]
     if inner[:7].lower() == "http://" or inner[:8].lower() == "https://":
-        parts = urlsplit(inner)
+        try:
+            parts = urlsplit(inner)
+        except ValueError:  # no host that can be; what follows it may still be a name
+            path, _, query = inner.partition("?")
+            return unquote(path), unquote(query)
         return unquote(parts.path), unquote(parts.query)
     return inner, ""
 

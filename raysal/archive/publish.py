@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysal.archive.uris import exists, join, list_names, move, open_fs, read_bytes, remove_tree, write_bytes
+from raysal.archive.entries import cause_of
+from raysal.archive.uris import exists, join, list_names, move, open_fs, read_bytes, remove_tree, store_errors, write_bytes
 from raysal.errors import InputError
 
 RECORD, PLAN = "_INDEX.json", "_PLAN.json"
@@ -28,9 +29,14 @@ VERSION = 1
 def refuse_others(out: str) -> None:
     """Raises InputError where the folder holds something that is no manifest."""
     fs, path = open_fs(out)
-    if fs.isfile(path):
+    try:
+        with store_errors(out):
+            is_file = fs.isfile(path)
+        names = [n for n in list_names(out) if not n.startswith(".") and not OUR_PARTS.fullmatch(n)]
+    except (OSError, ValueError) as error:  # a store that can't be written to, a name that can't be one
+        raise InputError(f"{out}: can't be a manifest's folder ({cause_of(error)}); name another place") from error
+    if is_file:
         raise InputError(f"{out}: is a file; name a folder for the manifest")
-    names = [n for n in list_names(out) if not n.startswith(".") and not OUR_PARTS.fullmatch(n)]
     if names and not {RECORD, PLAN} & set(names):
         raise InputError(f"{out}: holds {', '.join(names[:3])} and no {RECORD}, so it is no manifest; name an empty or new folder")
 

@@ -9,11 +9,13 @@ import errno
 import fcntl
 import functools
 import io
+import json
 import os
 import posixpath
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -36,6 +38,8 @@ def open_fs(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
             fs, path = fsspec.core.url_to_fs(os.fspath(uri), use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise InputError(f"{uri}: no file system for this URI ({error}); install its driver, for example s3fs for s3://") from error
+    except OSError as error:  # of chained URIs: the outer file is opened at once
+        raise InputError(f"{uri}: can't be opened ({cause_of(error)}); give a place that is there and that you may read") from error
     return fs, path
 
 
@@ -82,9 +86,11 @@ def canonical(uri: str, base: str = "") -> str:
         base: Folder that relative paths start from, a path or URI; empty for the working folder.
 
     Raises:
-        InputError: There is no such scheme.
+        InputError: There is no such scheme, or the host can't be understood.
     """
     if "::" in uri:
+        if "[" in uri.split("::", 1)[0].rpartition("://")[2]:
+            raise InputError(f"{uri}: an IPv6 address can't be told from a chain of URIs; give the host's name")
         first, rest = uri.split("::", 1)
         return f"{first if '://' in first else f'{first}://'}::{canonical(rest, base)}"
     scheme, found, path = uri.partition("://")
@@ -96,6 +102,10 @@ def canonical(uri: str, base: str = "") -> str:
     if "file" in names:
         return canonical(path)
     if "http" in names:
+        try:
+            urlsplit(f"{scheme}://{path}")
+        except ValueError as error:
+            raise InputError(f"{uri}: is no web address ({error})") from error
         return f"{scheme.lower()}://{path}"
     stripped = strip(f"{names[0]}://{path}")
     return stripped if "://" in stripped else f"{names[0]}://{stripped}"
@@ -143,6 +153,15 @@ def read_bytes(uri: str) -> bytes:
     with store_errors(uri):
         data: Any = fs.cat_file(path)
     return bytes(data)
+
+
+def read_record(uri: str) -> dict[str, Any]:
+    """A small JSON object that this software wrote; empty where there is none, or where it is damaged."""
+    try:
+        found = json.loads(read_bytes(uri))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_bytes(uri: str, data: bytes) -> None:

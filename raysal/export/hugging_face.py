@@ -31,6 +31,9 @@ SHARD_BYTES = 500 * 10**6
 GROUP_BYTES, GROUP_ROWS = 16 * 10**6, 100
 """Size and rows of a row group: what a reader, and this writer, holds at a time."""
 
+RAW_BYTES = 32
+"""Of a pixel, at most: four bands of double precision."""
+
 EXIF_ORIENTATION = 0x0112
 
 Row = dict[str, Any]
@@ -101,11 +104,12 @@ def _row(job: Job, image: Labelled) -> Row:
 
 
 def _image(job: Job, image: Labelled) -> Row:
-    data = fetch_image(image.uri, job.max_bytes)
+    pixels = image.mask_HW.size  # it was labelled, whatever the limits were then
+    data = fetch_image(image.uri, job.max_bytes + RAW_BYTES * pixels)
     known = image.row["source_sha256"]
     if known is not None and hashlib.sha256(data).hexdigest() != known:
         raise ImageError("changed", f"{image.uri}: the file is not the one that was labelled; label it again")
-    kept = image_file(data, job.max_pixels, image.uri)
+    kept = image_file(data, pixels, image.uri)
     return {"bytes": kept, "path": image.id + (_extension(image.uri) if kept is data else ".png")}
 
 

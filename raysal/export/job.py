@@ -21,6 +21,7 @@ from raysal.archive.tables import scan_table
 from raysal.archive.uris import join, write_stream
 from raysal.errors import ImageError, InputError
 from raysal.export.names import Names
+from raysal.export.newest import Newest
 from raysal.images.masks import decode_mask
 from raysal.labels import IGNORE, LabelSet
 
@@ -76,9 +77,10 @@ class Job:
         names: Shown every image that is to be written.
         total: How many these are.
         only: Ids to write, None for all.
+        newest: Shown every row that is asked for.
         image_root: Where the annotation tool finds the images, in place of the folder that they share.
         with_images: Whether image files go into the output.
-        max_bytes, max_pixels: Limits of image files.
+        max_bytes: Limit of image files, beside what their size in pixels explains.
         left_out: Images not written, by reason.
         written: Images written.
         files: Files written that a person will look for, below `out`.
@@ -92,10 +94,10 @@ class Job:
     names: Names
     total: int
     only: pa.Array | None = None
+    newest: Newest | None = None
     image_root: str | None = None
     with_images: bool = False
     max_bytes: int = 0
-    max_pixels: int = 0
     on_progress: Progress | None = None
     left_out: Counter[str] = field(default_factory=Counter)
     written: int = 0
@@ -115,7 +117,7 @@ class Job:
         done = 0
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "export") as pool:
             for batch in scan_table(self.labels, COLUMNS, BATCH_ROWS):
-                rows = usable(asked(batch, self.only)).to_pylist()
+                rows = usable(asked(batch, self.only, self.newest)).to_pylist()
                 names = [self.names.of(row["id"], row["uri"]) for row in rows]
                 for found in pool.map(lambda row, name: self._converted(row, name, convert), rows, names):
                     if isinstance(found, ImageError):
@@ -166,9 +168,10 @@ class Job:
         return Labelled(row["id"], row["uri"], name, mask_HW, counts[:n], row)
 
 
-def asked(batch: pa.RecordBatch, only: pa.Array | None) -> pa.RecordBatch:
-    """The rows of a batch whose ids are asked for."""
-    return batch if only is None else batch.filter(pc.is_in(batch["id"], only))
+def asked(batch: pa.RecordBatch, only: pa.Array | None, newest: Newest | None = None) -> pa.RecordBatch:
+    """The rows of a batch whose ids are asked for, without those that a newer row of their image superseded."""
+    rows = batch if only is None else batch.filter(pc.is_in(batch["id"], only))
+    return rows if newest is None else newest.only(rows)
 
 
 def usable(batch: pa.RecordBatch) -> pa.RecordBatch:

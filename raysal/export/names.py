@@ -70,12 +70,12 @@ class Names:
             if self.below is not None and folders[: len(self.below)] != self.below:
                 raise InputError(f"{uri} does not lie below {self._given}; name a folder that holds all images, or leave it out")
             keys += [(_digest(ID, id_),), (self._key(uri),)]
-        with _database_errors():
+        with database_errors():
             self._seen.executemany("INSERT INTO seen VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET n = n + 1", keys)
 
     def repeated_ids(self) -> int:
         """How many ids were seen more than once."""
-        with _database_errors():
+        with database_errors():
             found = self._seen.execute("SELECT count(*) FROM seen WHERE n > 1 AND key BETWEEN ? AND ?", (ID, NAME)).fetchone()
         return int(found[0])
 
@@ -100,7 +100,7 @@ class Names:
         return _digest(NAME, unicodedata.normalize("NFC", name + extension if self.extension else name).casefold())
 
     def _count(self, key: bytes) -> int:
-        with _database_errors():
+        with database_errors():
             found = self._seen.execute("SELECT n FROM seen WHERE key = ?", (key,)).fetchone()
         return found[0] if found else 0
 
@@ -153,7 +153,8 @@ def _digest(kind: bytes, text: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _database_errors() -> Iterator[None]:
+def database_errors() -> Iterator[None]:
+    """Turns a full disk under a temporary database into an error that says so."""
     try:
         yield
     except sqlite3.OperationalError as error:

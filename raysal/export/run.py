@@ -12,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 import raysal
-from raysal.archive.tables import label_set_in, read_table, scan_table
-from raysal.archive.uris import absolute, exists, join, list_names, open_fs, read_bytes, remove_tree, write_bytes
+from raysal.archive.tables import label_set_in, read_schema, read_table, scan_table
+from raysal.archive.uris import absolute, exists, join, list_names, open_fs, read_bytes, read_record, remove_tree, write_bytes
 from raysal.config import DataConfig
 from raysal.errors import DataError, InputError
 from raysal.export import coco, cvat, hugging_face, label_studio, png
 from raysal.export.job import COLUMNS, SURVEY_ROWS, Job, Progress, asked, usable
 from raysal.export.names import Names
+from raysal.export.newest import Newest
 from raysal.labels import LabelSet
 
 FORMATS: dict[str, Callable[[Job], None]] = {
@@ -53,8 +54,8 @@ class Summary:
         format: Its name.
         out: Its folder.
         written: Images in it.
-        left_out: Images not in it, by reason: a status of the table, ``mask`` (damaged), and with images ``fetch``, ``limit``, ``decode``
-            or ``changed`` (no longer the file that was labelled).
+        left_out: Rows not in it, by reason: a status of the table, ``superseded`` (the file changed and was labelled again), ``mask``
+            (damaged), and with images ``fetch``, ``limit``, ``decode`` or ``changed`` (no longer the file that was labelled).
         files: What was written, below the folder.
         warnings: What the user should know.
     """
@@ -109,12 +110,12 @@ def export_labels(
     """
     _check(labels, format_, out, image_root, with_images)
     ids = None if only is None else read_table(only, ["id"])["id"].combine_chunks().unique()
-    limits = DataConfig()
-    with Names(extension=format_ == "coco", below=below) as names:
-        label_set, counts, total = _survey(labels, names, ids, None if classes is None else read_classes(classes))
+    with Names(extension=format_ == "coco", below=below) as names, Newest() as newest:
+        _look(labels, newest, ids)
+        label_set, counts, total = _survey(labels, names, newest, ids, None if classes is None else read_classes(classes))
         _prepare(labels, format_, out)
         job = Job(
-            absolute(labels), out, label_set, names, total, ids, image_root, with_images, limits.max_bytes, limits.max_pixels, on_progress,
+            absolute(labels), out, label_set, names, total, ids, newest, image_root, with_images, DataConfig().max_bytes, on_progress,
             left_out=counts,
         )  # fmt: skip
         fs, path = open_fs(labels)
@@ -156,7 +157,14 @@ def _check(labels: str, format_: str, out: str, image_root: str | None, with_ima
         raise InputError(f"{out}: lies in the labels; name a folder beside them")
 
 
-def _survey(labels: str, names: Names, only: pa.Array | None, given: LabelSet | None) -> tuple[LabelSet, Counter[str], int]:
+def _look(labels: str, newest: Newest, only: pa.Array | None) -> None:
+    """Shows every row that is asked for; tables from elsewhere may not say when their rows were made, and have one an image."""
+    if "labeled_at" in read_schema(labels).names:
+        for batch in scan_table(labels, ("id", "uri", "labeled_at"), SURVEY_ROWS, needed=COLUMNS):
+            newest.see(asked(batch, only))
+
+
+def _survey(labels: str, names: Names, newest: Newest, only: pa.Array | None, given: LabelSet | None) -> tuple[LabelSet, Counter[str], int]:
     """First look at the whole table, without masks: its label set, rows without a mask by status, and how many are to be written.
 
     Raises:
@@ -165,7 +173,8 @@ def _survey(labels: str, names: Names, only: pa.Array | None, given: LabelSet | 
     failed, total, carried = Counter[str](), 0, set[LabelSet | None]()
     for batch in scan_table(labels, COLUMNS[:3], SURVEY_ROWS, needed=COLUMNS):
         carried.add(label_set_in(batch.schema))
-        rows = asked(batch, only)
+        rows = asked(batch, only, newest)
+        failed["superseded"] += asked(batch, only).num_rows - rows.num_rows
         found = usable(rows)
         names.see(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
         total += found.num_rows
@@ -175,7 +184,7 @@ def _survey(labels: str, names: Names, only: pa.Array | None, given: LabelSet | 
         raise InputError(f"{labels}: no row with status ok to write ({seen}); label images first")
     if twice := names.repeated_ids():
         raise InputError(f"{labels}: {twice} ids repeat; give the table of one labelling, in which each image is one row")
-    return given or _one(labels, carried), failed, total
+    return given or _one(labels, carried), +failed, total
 
 
 def _one(labels: str, carried: set[LabelSet | None]) -> LabelSet:
@@ -201,7 +210,7 @@ def _prepare(labels: str, format_: str, out: str) -> None:
     names = list_names(out)
     others = [n for n in names if not own.fullmatch(n)]
     if names and not others and ACCOUNT in names:
-        before = json.loads(read_bytes(join(out, ACCOUNT)))
+        before = read_record(join(out, ACCOUNT))
         if (before.get("format"), before.get("labels")) != (format_, absolute(labels)):
             others = [f"the {before.get('format')} export of {before.get('labels')}"]
     elif any(not n.startswith(f"{ACCOUNT}.") for n in names):

@@ -87,6 +87,8 @@ def decode(data: bytes, max_pixels: int, name: str, label: Label = None, max_ban
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 return _product(_deep(image), borders)
             image_HWC = np.ascontiguousarray(_rgb(image))
+            if 0 < image_HWC.max() < 16 and bit_depth(image, data) == 16:  # pillow gives the upper byte of each
+                raise ImageError("decode", f"{name}: colour of 12 bits in samples of 16 can't be read; save it with 8 bits, or in grey")
             valid_HW = ~black_border(image_HWC) if borders else np.ones(image_HWC.shape[:2], bool)
             if image.has_transparency_data:
                 alpha = image if "A" in image.getbands() else image.convert("RGBA")

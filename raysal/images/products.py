@@ -105,7 +105,8 @@ def read_product(data: bytes, label: bytes | None, max_pixels: int, max_bands: i
         place = tempfile.gettempdir()
         raise ResourceError(f"{place}: no space left for temporary files; free some, or name another place by TMPDIR") from error
     if values_BHW.shape[-2:] != (layout.height, layout.width):
-        raise ImageError("decode", f"{name}: its label says {layout.width} x {layout.height}, its data {values_BHW.shape}; fetch it again")
+        found = f"{values_BHW.shape[-1]} x {values_BHW.shape[-2]}" if values_BHW.ndim >= 2 else "end early"
+        raise ImageError("decode", f"{name}: its label says {layout.width} x {layout.height} pixels, its data {found}; fetch it again")
     valid_BHW = measured(values_BHW)
     for code in layout.no_data:
         valid_BHW &= values_BHW != code

@@ -73,8 +73,9 @@ def forecast(
     todo = int(missing.sum())
     if not todo:
         return Forecast(len(job.wanted), 0, 0, {}, 0.0, 0, 0)
-    table = missing_rows(job.manifest, missing)
-    table = table.take(np.linspace(0, todo - 1, min(sample, todo)).astype(np.int64))
+    tried_places = np.zeros(len(missing), bool)
+    tried_places[np.flatnonzero(missing)[np.linspace(0, todo - 1, min(sample, todo)).astype(np.int64)]] = True
+    table = missing_rows(job.manifest, tried_places)
     threads = torch.get_num_threads()
     try:
         made = worker(dataclasses.replace(job.task, threads=os.cpu_count() or 1))

@@ -15,7 +15,7 @@ from raysal.model.engines import settle
 from raysal.stream import manifest as manifests
 from raysal.stream.manifest import Manifest
 from raysal.stream.output import Held, Output
-from raysal.stream.worker import PoolWorker, Task
+from raysal.stream.worker import STATUSES, PoolWorker, Task
 
 LIMITS = {"max_bytes", "max_pixels", "max_bands", "max_seconds"}
 """Of the data section: what no image may be beyond."""
@@ -37,9 +37,15 @@ class Job:
     output: Output
     task: Task
 
-    def missing(self, held: Held, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Which rows of the manifest are to be done (bool [n]), and the sorted keys of those in the output that stay."""
-        there = np.sort(held.key[held.good] if retry_failed else held.key)
+    def missing(self, held: Held, retry_failed: bool | str = False) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows of the manifest are to be done (bool [n]), and the sorted keys of those in the output that stay.
+
+        Args:
+            held: What the output holds.
+            retry_failed: Whether images that failed are done again; or the one status whose images are.
+        """
+        again = held.status == STATUSES.index(retry_failed) if isinstance(retry_failed, str) else ~held.good & retry_failed
+        there = np.sort(held.key[~again])
         return ~among(self.wanted, there), there
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import raysal
 from raysal.answers import Masks, reliability
 from raysal.archive.tables import labels_schema
-from raysal.archive.uris import exists, join, read_bytes, write_bytes
+from raysal.archive.uris import join, read_record, write_bytes
 from raysal.config import Config
 from raysal.images.masks import encode_mask
 from raysal.model.checkpoint import ModelInfo, read_info
@@ -28,7 +28,7 @@ def label_pool(
     cfg: Config,
     on_progress: Progress | None = None,
     rows_per_shard: int | None = None,
-    retry_failed: bool = False,
+    retry_failed: bool | str = False,
     replace: bool = False,
     kept: Kept | None = None,
 ) -> Summary:
@@ -46,7 +46,7 @@ def label_pool(
         cfg: `data`'s limits, `score.batch_size`, `compute`; its digest goes into every row.
         on_progress: Called as on_progress(done, total, counts by status) after each block.
         rows_per_shard: Rows of a shard; None chooses.
-        retry_failed: Do images again whose row says that they failed.
+        retry_failed: Do images again whose row says that they failed; or those of one status, such as ``fetch``.
         replace: Drop rows that another model or configuration left in the folder.
         kept: Holds the model from one call to the next, where the images are few.
 
@@ -74,7 +74,7 @@ def label_pool(
         kept=kept,
     )
     statement = trust(info, checkpoint_uri, summary.model_digest, cfg)
-    before = json.loads(read_bytes(join(out_uri, TRUST))) if exists(join(out_uri, TRUST)) else {}
+    before = read_record(join(out_uri, TRUST))
     if before.get("model_digest") != summary.model_digest:
         before = {}  # another model's audit says nothing of these masks
     write_bytes(join(out_uri, TRUST), json.dumps(before | statement, indent=1).encode())

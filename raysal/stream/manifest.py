@@ -40,7 +40,7 @@ def read(manifest: Manifest) -> tuple[Manifest, np.ndarray]:
             raise InputError(f"{name}: holds no images; index an archive first")
         if isinstance(manifest, str) and total > IN_MEMORY_ROWS:
             lacking, parts = 0, []
-            for batch in source.to_batches(columns=["id", "uri"]):
+            for batch in _batches(source, ["id", "uri"]):
                 lacking += batch["id"].null_count + batch["uri"].null_count
                 parts.append(keys(batch["id"]))
             wanted = np.concatenate(parts)
@@ -60,7 +60,7 @@ def missing_rows(manifest: Manifest, missing: np.ndarray) -> pa.Table:
         return manifest.filter(pa.array(missing))
     parts, at = [], 0
     with _reading(manifest):
-        for batch in _open(manifest).to_batches():
+        for batch in _batches(_open(manifest), None):
             parts.append(batch.filter(pa.array(missing[at : at + batch.num_rows])))
             at += batch.num_rows
     return pa.Table.from_batches(parts, schema=COLUMNS).combine_chunks()
@@ -86,6 +86,11 @@ def _open(manifest: Manifest) -> pyarrow.dataset.Dataset:
     _require(read_schema(manifest), manifest)
     fs, files = parquet_files(manifest)
     return pyarrow.dataset.dataset([path for _, path in files], schema=COLUMNS, format="parquet", filesystem=fs)
+
+
+def _batches(source: pyarrow.dataset.Dataset, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+    """One after the other: by its defaults, Arrow reads hundreds of megabytes ahead."""
+    return iter(source.to_batches(columns=columns, batch_readahead=1, fragment_readahead=1))
 
 
 def _require(schema: pa.Schema, name: str) -> None:

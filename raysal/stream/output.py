@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysal.archive.tables import TIME, read_table, write_table
-from raysal.archive.uris import exists, join, list_names, read_bytes, remove_tree, write_bytes
+from raysal.archive.uris import exists, join, list_names, read_record, remove_tree, write_bytes
 from raysal.errors import InputError
 from raysal.model.engines import EAGER, Runtime
 from raysal.stream.worker import RUN, STATUSES, require_token, shard_name
@@ -57,8 +57,7 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 def made_by(uri: str) -> Runtime:
     """What computed the rows of a folder; eager float32 where it does not say, as for a table from elsewhere."""
-    about = join(uri, RUN)
-    return Runtime.of(json.loads(read_bytes(about)).get("runtime", str(EAGER))) if exists(about) else EAGER
+    return Runtime.of(read_record(join(uri, RUN)).get("runtime", str(EAGER)))
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,12 @@ class Held:
     def good(self) -> np.ndarray:
         """bool [n]: status ok."""
         return self.status == STATUSES.index("ok")
+
+    @property
+    def twice(self) -> np.ndarray:
+        """int64 [k]: the rows whose id has a newer one."""
+        order = np.lexsort((self.shard, -self.time, self.key))
+        return order[1:][self.key[order][1:] == self.key[order][:-1]]  # all but the first row of each key
 
     def counts(self) -> dict[str, int]:
         """Rows by status; every status is named."""
@@ -137,7 +142,7 @@ class Output:
             raise InputError(
                 f"{self.uri}: holds {', '.join(others[:3])}, which is no output of scoring or labeling; name an empty or new folder"
             )
-        known = self._known_run() if RUN in names else {}
+        known = read_record(join(self.uri, RUN)) if RUN in names else {}  # damaged: nobody's, until --replace
         if not names or {k: v for k, v in known.items() if k != "token"} == self.identity:
             return True
         if not replace:
@@ -147,8 +152,7 @@ class Output:
     def held(self) -> Held:
         """What the shards hold, every id once: of two rows the newer stays. Raises InputError where a shard can't be read."""
         found = self.read()
-        order = np.lexsort((found.shard, -found.time, found.key))
-        again = order[1:][found.key[order][1:] == found.key[order][:-1]]  # all but the first row of each key
+        again = found.twice
         if not len(again):
             return found
         for shard in np.unique(found.shard[again]):
@@ -202,7 +206,10 @@ class Output:
     def _known(self, shards: tuple[str, ...]) -> Columns:
         """The rows of shards that were there when the last run ended; shards never change."""
         place = {name: i for i, name in enumerate(shards)}
-        table = read_table(join(self.uri, INDEX)) if exists(join(self.uri, INDEX)) else None
+        try:
+            table = read_table(join(self.uri, INDEX)) if exists(join(self.uri, INDEX)) else None
+        except InputError:  # damaged; the shards themselves say the same
+            table = None
         if table is None or "abstained" not in table.column_names:
             return EMPTY.key, EMPTY.status, EMPTY.time, EMPTY.abstained, EMPTY.shard
         names = table["shard"].combine_chunks().dictionary_encode() if table.num_rows else None
@@ -224,14 +231,6 @@ class Output:
             table = read_table(join(self.uri, shard)).filter(pa.array(keep))
             write_table(join(self.uri, shard_name(table["id"].to_pylist(), uuid.uuid4().hex)), table.cast(self.schema))
         remove_tree(join(self.uri, shard))
-
-    def _known_run(self) -> dict[str, str]:
-        """What the folder says of its run; nothing where that was lost, so that it is nobody's until --replace."""
-        try:
-            known = json.loads(read_bytes(join(self.uri, RUN)))
-        except ValueError:
-            return {}
-        return known if isinstance(known, dict) else {}
 
     def _difference(self, known: dict[str, str]) -> str:
         if not known:

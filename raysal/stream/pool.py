@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -28,14 +27,14 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
-from raysal.archive.uris import exists, join, read_bytes
+from raysal.archive.uris import join, read_record
 from raysal.cluster import connected, data_context, score_actors
 from raysal.config import Config
 from raysal.errors import RaysalError
 from raysal.stream import manifest as manifests
 from raysal.stream.job import among, prepare
 from raysal.stream.manifest import Manifest, missing_rows
-from raysal.stream.output import SUCCESS, keys
+from raysal.stream.output import EMPTY, SUCCESS, keys
 from raysal.stream.worker import STATUSES, PoolWorker, Task
 
 BLOCKS_PER_ACTOR = 16
@@ -114,7 +113,7 @@ def run_pool(
     on_progress: Progress | None = None,
     class_bonus: Sequence[float] | None = None,
     rows_per_shard: int | None = None,
-    retry_failed: bool = False,
+    retry_failed: bool | str = False,
     replace: bool = False,
     kept: Kept | None = None,
 ) -> Summary:
@@ -129,7 +128,7 @@ def run_pool(
         cfg: Its `compute` decides how many actors there are.
         on_progress, class_bonus: As in `score_pool`.
         rows_per_shard: Rows of a block; None chooses by archive and actors.
-        retry_failed: Do images again whose row says that they failed.
+        retry_failed: Do images again whose row says that they failed; or those of one status.
         replace: Drop the rows that another model or configuration left in the folder.
         kept: Holds this process's worker from one call to the next.
 
@@ -140,16 +139,21 @@ def run_pool(
     """
     started = time.perf_counter()
     job = prepare(worker, manifest, checkpoint_uri, out_uri, schema, cfg, class_bonus)
-    token = job.output.claim(replace)
-    held = job.output.held()
+    # Looked at before it is claimed: who finds nothing to do takes nothing from a run that is at work there.
+    whole, token = finished_by(out_uri) is not None and job.output.mine(replace), None
+    held = job.output.read() if whole else EMPTY
     missing, there = job.missing(held, retry_failed)
+    if not whole or missing.any() or len(held.twice):
+        token = job.output.claim(replace)
+        held = job.output.held()
+        missing, there = job.missing(held, retry_failed)
     todo, cores = int(missing.sum()), 0
-    if todo:
+    if token is not None and todo:
         job.output.open()
         task = dataclasses.replace(job.task, token=token)
         cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress, kept or Kept())
         held = job.output.held()
-    if absent := int(job.missing(held, False)[0].sum()):
+    if absent := int(job.missing(held)[0].sum()):
         raise RaysalError(
             f"{out_uri}: {absent} of {len(job.wanted)} images have no row at the end; was the folder changed? Run the command again"
         )
@@ -167,15 +171,14 @@ def run_pool(
         core_seconds=seconds * cores,
         coverage=held.coverage(),
     )
-    if todo or finished_by(out_uri) is None:
+    if token is not None:
         job.output.commit(summary.to_dict(), held, token)
     return summary
 
 
 def finished_by(out_uri: str) -> str | None:
     """Digest of the model of a finished output, None where it is not finished."""
-    uri = join(out_uri, SUCCESS)
-    digest: str | None = json.loads(read_bytes(uri))["model_digest"] if exists(uri) else None
+    digest: str | None = read_record(join(out_uri, SUCCESS)).get("model_digest")
     return digest
 
 

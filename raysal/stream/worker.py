@@ -24,7 +24,7 @@ import torch
 
 from raysal.archive.fetch import fetch_image, fetch_label
 from raysal.archive.tables import write_table
-from raysal.archive.uris import join, open_fs, read_bytes, remove_tree, write_bytes
+from raysal.archive.uris import join, open_fs, read_record, remove_tree, write_bytes
 from raysal.config import Config
 from raysal.datasets.base import read_valid
 from raysal.errors import CheckpointError, ImageError, RaysalError, ResourceError
@@ -53,6 +53,9 @@ four bytes each, once among those that were read ahead and once among those that
 
 PLAIN_ATTEMPTS = 2
 """Deaths over one block after which it is done image by image, to find the one that kills."""
+
+DEADLY = 2
+"""Deaths over one image after which it is passed over: one may be chance, as where a node is taken away."""
 
 Row = dict[str, Any]
 """A row of the output table by column; columns left out are null."""
@@ -313,11 +316,7 @@ class Tried:
 
 def require_token(out_uri: str, token: str) -> None:
     """Raises RaysalError where the run with this token does not own an output any more."""
-    try:
-        owner = json.loads(read_bytes(join(out_uri, RUN)))["token"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        owner = None
-    if owner != token:
+    if read_record(join(out_uri, RUN)).get("token") != token:
         raise RaysalError(f"{out_uri}: another run took this output over, or removed it; wait for that one, then run again")
 
 
@@ -340,22 +339,22 @@ class Attempt:
     """Remembers, in a note beside the shards, that a block was begun: a block whose actors keep dying must end all the same.
 
     A note that is still there when a block begins tells of a death. Deaths happen to the innocent (a node is taken away), so
-    a block is done as always once more; after that image by image, each named in the note before it is touched. The image named
-    when the next process dies is passed over from then on.
+    a block is done as always once more; after that image by image, each named in the note before it is touched. An image over
+    which `DEADLY` processes died is passed over from then on.
 
     Attributes:
         plain: Whether to work as always.
-        deadly: Ids of images that a process died over.
+        deadly: Ids of images that are passed over.
     """
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        try:
-            seen = json.loads(read_bytes(uri))
-        except (FileNotFoundError, ValueError):
-            seen = {"begun": 0, "at": None, "deadly": []}
-        self._begun = seen["begun"] + 1
-        self.deadly: set[str] = {*seen["deadly"], *([seen["at"]] if seen["at"] else [])}
+        seen = read_record(uri)
+        self._begun = seen.get("begun", 0) + 1
+        self._deaths = Counter[str](seen.get("deaths", {}))
+        if at := seen.get("at"):
+            self._deaths[at] += 1
+        self.deadly = {image for image, n in self._deaths.items() if n >= DEADLY}
         self.plain = self._begun <= PLAIN_ATTEMPTS
 
     def __enter__(self) -> Attempt:
@@ -364,7 +363,7 @@ class Attempt:
 
     def note(self, at: str | None) -> None:
         """Writes down which image comes next."""
-        state = {"begun": self._begun, "at": at, "deadly": sorted(self.deadly)}
+        state = {"begun": self._begun, "at": at, "deaths": self._deaths}
         write_bytes(self._uri, json.dumps(state).encode())
 
     def __exit__(self, *_: object) -> None:

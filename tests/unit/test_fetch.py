@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.asyn import AsyncFileSystem
 
 from raysal.archive import fetch
 from raysal.archive.fetch import fetch_image, fetch_label
@@ -142,3 +143,20 @@ def test_a_pipe_among_the_images_is_a_row_and_is_not_waited_for(tmp_path: Path) 
     for place in (tmp_path / "pipe.png", tmp_path):
         with pytest.raises(ImageError, match="no file: a folder, a pipe or a device"):
             fetch_image(str(place), 1000, 5.0)
+
+
+class Ranges(AsyncFileSystem):
+    """A store whose driver reads ranges and opens no streams, as those of Google and Azure."""
+
+    protocol = "ranges"
+    cachable = False
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
+        return (b"0123456789" * 10)[start:end]
+
+
+def test_a_store_without_streams_is_read_by_ranges() -> None:
+    fsspec.register_implementation("ranges", Ranges, clobber=True)
+    assert fetch_image("ranges://bucket/a.jpg", 100) == b"0123456789" * 10
+    with pytest.raises(ImageError, match="more than 99 bytes"):
+        fetch_image("ranges://bucket/a.jpg", 99)

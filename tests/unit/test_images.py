@@ -77,6 +77,19 @@ def test_16_bit_grey_is_stretched_between_its_percentiles(kind: str) -> None:
     assert found_HW.min() == 0 and found_HW.max() == 255
 
 
+def test_12_bit_colour_in_16_bit_samples_is_refused_and_16_bit_colour_is_not() -> None:
+    wide_HWC = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(">u2")
+
+    def file(values_HWC: np.ndarray) -> bytes:
+        return png(8, 8, 16, 2, b"".join(b"\0" + row.tobytes() for row in values_HWC))
+
+    with pytest.raises(ImageError, match="colour of 12 bits in samples of 16") as refused:
+        decode_image(file(wide_HWC), LIMIT, "a")
+    assert refused.value.status == "decode"
+    np.testing.assert_array_equal(decode_image(file((wide_HWC * 16).astype(">u2")), LIMIT, "a"), wide_HWC // 16)
+    assert decode_image(encoded(RGB // 32), LIMIT, "a").max() < 16, "dark pictures of 8 bits are as they are"
+
+
 def test_alpha_is_dropped_and_not_blended() -> None:
     rgba_HWC = np.dstack([RGB, np.zeros_like(MASK)])
     np.testing.assert_array_equal(decode_image(encoded(rgba_HWC), LIMIT, "a"), RGB)

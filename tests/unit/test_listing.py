@@ -337,3 +337,11 @@ def test_huge_folders_are_sorted_in_parts(tmp_path: Path, monkeypatch: pytest.Mo
     names = [e.uri.rpartition("/")[2] for e in listed(str(tmp_path))[0]]
     assert sorted(names) == [f"{i:03d}.jpg" for i in range(25)]
     assert names[:10] == sorted(names[:10])
+
+
+def test_labels_stay_with_their_images_in_long_s3_listings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "TOGETHER", 3)
+    keys = [f"NLB.{n:04d}{suffix}" for n in range(5) for suffix in (".dat", ".xml")] + ["other.img"]
+    groups = [[o["Key"] for o in group] for group in listing._beside({"Key": key} for key in keys)]
+    assert [key for group in groups for key in group] == keys and max(map(len, groups)) == 4
+    assert all(f"NLB.{n:04d}.xml" in group for group in groups for n in range(5) if f"NLB.{n:04d}.dat" in group)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysal.archive.entries import Entry
+from raysal.archive.index import index
 from raysal.archive.uris import canonical, write_bytes
 from raysal.errors import InputError
 from tests.manifests import listed
@@ -155,3 +156,13 @@ def test_a_parquet_table_without_uris_is_refused(tmp_path: Path) -> None:
 def test_a_file_has_one_spelling(uri: str, base: str, wanted: str) -> None:
     assert canonical(uri, base) == wanted
     assert canonical(wanted) == wanted
+
+
+def test_addresses_that_cannot_be_and_sizes_that_no_file_has_cost_their_own_line(root: str) -> None:
+    lines = ["http://[oops/a.jpg", "http://ho\u2100st/b.jpg", "http://[::1]:8000/c.jpg", "http://host/d.jpg"]
+    found, tally = listed(text_list(root, lines))
+    assert [entry.uri for entry in found] == ["http://host/d.jpg"]
+    assert tally.unreadable == 3 and "IPv6" in tally.examples[2]
+    write_bytes(f"{root}/sizes.csv", b"uri,size\ns3://b/a.jpg,99999999999999999999999\ns3://b/b.jpg,7\ns3://b/c.jpg,-1\n")
+    assert [entry.size for entry in listed(f"{root}/sizes.csv")[0]] == [None, 7, None]
+    index([text_list(root, lines)], f"{root}/manifest")

@@ -90,10 +90,9 @@ def test_a_column_of_another_meaning_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
-    """Without the advice to delete it: it may be someone's image."""
-    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8 no table")
-    with pytest.raises(InputError, match=r"is no Parquet file; give a manifest.parquet or a folder of images$"):
-        open_manifest(str(tmp_path / "photo.jpg"))
+    (tmp_path / "notes.doc").write_bytes(b"no table")
+    with pytest.raises(InputError, match="is neither an image nor a list of URIs"):
+        open_manifest(str(tmp_path / "notes.doc"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="not a whole Parquet file"):
         taken(tmp_path / "cut.parquet")
