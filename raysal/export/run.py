@@ -174,7 +174,8 @@ def _survey(labels: str, names: Names, newest: Newest, only: pa.Array | None, gi
     for batch in scan_table(labels, COLUMNS[:3], SURVEY_ROWS, needed=COLUMNS):
         carried.add(label_set_in(batch.schema))
         rows = asked(batch, only, newest)
-        failed["superseded"] += asked(batch, only).num_rows - rows.num_rows
+        if superseded := asked(batch, only).num_rows - rows.num_rows:
+            failed["superseded"] += superseded
         found = usable(rows)
         names.see(zip(found["id"].to_pylist(), found["uri"].to_pylist(), strict=True))
         total += found.num_rows
@@ -184,7 +185,7 @@ def _survey(labels: str, names: Names, newest: Newest, only: pa.Array | None, gi
         raise InputError(f"{labels}: no row with status ok to write ({seen}); label images first")
     if twice := names.repeated_ids():
         raise InputError(f"{labels}: {twice} ids repeat; give the table of one labelling, in which each image is one row")
-    return given or _one(labels, carried), +failed, total
+    return given or _one(labels, carried), failed, total
 
 
 def _one(labels: str, carried: set[LabelSet | None]) -> LabelSet:

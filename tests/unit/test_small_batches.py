@@ -198,7 +198,7 @@ def test_a_watched_place_loads_the_model_once_and_leaves_files_that_are_being_wr
 
     # While nothing is looked at, files come; the clock of the third one's writer is ahead, the fourth is still growing.
     pauses = iter([lambda: arrive((1, 900), (2, -900), (3, 0)), lambda: arrive((3, 900)), lambda: None])
-    monkeypatch.setattr(archives, "time", SimpleNamespace(time=time.time, sleep=lambda _: next(pauses)()))
+    monkeypatch.setattr(archives, "time", SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=lambda _: next(pauses)()))
     arrive((0, 900))
     assert [(look.done, look.rows) for look in islice(looks, 3)] == [(1, 1), (2, 3), (1, 4)]
     assert len(loads) == 1
