@@ -26,6 +26,7 @@ import pyarrow as pa
 import ray
 import torch
 from common import Claim, median_ratio, options, write
+from torch.utils.flop_counter import FlopCounterMode
 
 from raysal.answers import embed
 from raysal.archive.fetch import fetch_image
@@ -125,6 +126,24 @@ def run_documented(checkpoint: str, uris: list[str], out: Path, cfg: Config, pro
     return Timed(len(uris) / (time.perf_counter() - start))
 
 
+def ceiling(model: ModelConfig, px: int) -> str:
+    """What the cores can do at most in float32: how fast one multiplies matrices, and what an image takes."""
+    torch.set_num_threads(1)
+    a, b, seconds = torch.randn(2048, 2048), torch.randn(2048, 2048), list[float]()
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    net = TwoBranch(model, S5MARS.n_classes, 0).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        net(torch.zeros(1, 3, px, px))
+    peak, image, cores = 2 * 2048**3 / min(seconds) / 1e9, counted.get_total_flops() / 1e9, os.cpu_count() or 1
+    return (
+        f"One core multiplies float32 matrices at {peak:.0f} GFLOP/s, an image takes {image:.1f} GFLOP: by plain arithmetic {cores} cores "
+        f"do at most {cores * peak / image:.1f} images/s in float32."
+    )
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--images", type=Path, help="folder of images of one size; default: synthetic scenes")
@@ -171,7 +190,8 @@ def main() -> None:
         Claim("images/s with start-up / read_images + map_batches, eager float32", ratio(documented, "whole"), 2.0, "higher", "x"),
     ]
     size = "real images" if args.images else f"scenes of {px} px"
-    lines = [f"{count} {size}, DeepLabV3+ with {args.encoder}, input scale {args.scale:g}.", ""]
+    side = max(1, round(args.scale * (decode_image(fetch_image(uris[0], 2**30), 2**30, uris[0]).shape[0] if args.images else px)))
+    lines = [f"{count} {size}, DeepLabV3+ with {args.encoder}, input scale {args.scale:g}. {ceiling(model, side)}", ""]
     lines += ["| side | images/s, whole | steady |", "|---|---|---|"]
     lines += [f"| {n} | {', '.join(f'{t.whole:.1f}' for t in v)} | {', '.join(f'{t.steady:.1f}' for t in v)} |" for n, v in found.items()]
     write("scoring", "Scoring a pool", claims, args.out, "\n".join(lines), {"IMAGES": args.images} if args.images else {})
