@@ -30,12 +30,14 @@ from ray.exceptions import ActorDiedError, RayError
 from raysal import errors
 from raysal.archive.uris import exists, join, read_bytes
 from raysal.cluster import connected, data_context, score_actors
-from raysal.config import Config
+from raysal.config import ComputeConfig, Config
 from raysal.errors import RaysalError
+from raysal.model.checkpoint import INFO
+from raysal.nodes import check_nodes
 from raysal.stream import manifest as manifests
-from raysal.stream.job import among, prepare
+from raysal.stream.job import Job, among, prepare
 from raysal.stream.manifest import Manifest, missing_rows
-from raysal.stream.output import SUCCESS, keys
+from raysal.stream.output import EMPTY, SUCCESS, keys
 from raysal.stream.worker import STATUSES, PoolWorker, Task
 
 BLOCKS_PER_ACTOR = 16
@@ -140,15 +142,16 @@ def run_pool(
     """
     started = time.perf_counter()
     job = prepare(worker, manifest, checkpoint_uri, out_uri, schema, cfg, class_bonus)
-    token = job.output.claim(replace)
-    held = job.output.held()
-    missing, there = job.missing(held, retry_failed)
-    todo, cores = int(missing.sum()), 0
-    if todo:
-        job.output.open()
-        task = dataclasses.replace(job.task, token=token)
-        cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress, kept or Kept())
+    with _joined(job, retry_failed, replace):
+        token = job.output.claim(replace)
         held = job.output.held()
+        missing, there = job.missing(held, retry_failed)
+        todo, cores = int(missing.sum()), 0
+        if todo:
+            job.output.open()
+            task = dataclasses.replace(job.task, token=token)
+            cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress, kept or Kept())
+            held = job.output.held()
     if absent := int(job.missing(held, False)[0].sum()):
         raise RaysalError(
             f"{out_uri}: {absent} of {len(job.wanted)} images have no row at the end; was the folder changed? Run the command again"
@@ -172,6 +175,20 @@ def run_pool(
     return summary
 
 
+@contextlib.contextmanager
+def _joined(job: Job, retry_failed: bool, replace: bool) -> Iterator[None]:
+    """Joins the cluster that there is work for, and has each of its nodes show that it can do its share. A refused run changes nothing."""
+    compute, missing = job.task.cfg.compute, np.zeros(0, bool)
+    if _elsewhere(compute):
+        missing, _ = job.missing(job.output.read() if job.output.mine(replace) else EMPTY, retry_failed)
+    if not missing.any():
+        yield
+        return
+    with connected(compute):
+        check_nodes([join(job.task.checkpoint_uri, INFO), *manifests.examples(job.manifest, missing)], [job.output.uri])
+        yield
+
+
 def finished_by(out_uri: str) -> str | None:
     """Digest of the model of a finished output, None where it is not finished."""
     uri = join(out_uri, SUCCESS)
@@ -191,7 +208,7 @@ def _work(
 ) -> int:
     """Does the missing images of a manifest, here or on Ray. Returns the cores that were kept busy."""
     compute, todo = task.cfg.compute, int(missing.sum())
-    here = todo <= compute.in_process and not (compute.address or os.environ.get("RAY_ADDRESS") or _several_nodes())
+    here = todo <= compute.in_process and not _elsewhere(compute)
     with contextlib.nullcontext() if here else connected(compute):
         actors = 1 if here else score_actors(compute)
         rows = rows_per_shard or min(LARGEST_BLOCK, max(task.cfg.score.batch_size, math.ceil(todo / (actors * BLOCKS_PER_ACTOR))))
@@ -293,9 +310,9 @@ def _as_raysal_errors() -> Iterator[None]:
         raise RaysalError(f"the run broke down: {line}; mend that and run the same command again") from error
 
 
-def _several_nodes() -> bool:
-    """Whether Ray is up on more machines than this one."""
-    return ray.is_initialized() and len(ray.nodes()) > 1
+def _elsewhere(compute: ComputeConfig) -> bool:
+    """Whether the work is for a cluster: one that is named, or Ray is up on more machines than this one."""
+    return bool(compute.address or os.environ.get("RAY_ADDRESS")) or (ray.is_initialized() and len(ray.nodes()) > 1)
 
 
 def _cores() -> int:
