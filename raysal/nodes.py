@@ -33,7 +33,7 @@ Found = Mapping[str, Any]
 
 
 def check_nodes(reads: Sequence[str], writes: Sequence[str], timeout_s: float = ANSWER_S) -> None:
-    """Looks at the places of a run from every node that is up. On one node, and without Ray, there is nothing to find out.
+    """Looks at the places of a run from every node that work can land on. On one node, and without Ray, there is nothing to find out.
 
     Args:
         reads: Files and folders that the work reads. What this process can't read itself is passed over: it is told elsewhere.
@@ -46,7 +46,7 @@ def check_nodes(reads: Sequence[str], writes: Sequence[str], timeout_s: float = 
     """
     if not ray.is_initialized():
         return
-    nodes = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in ray.nodes() if node["Alive"]}
+    nodes = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in ray.nodes() if _works(node)}
     if len(nodes) < 2:
         return
     known = {uri: size for uri in dict.fromkeys(reads) if (size := _size(uri)) is not None}
@@ -60,6 +60,11 @@ def check_nodes(reads: Sequence[str], writes: Sequence[str], timeout_s: float = 
                 f"{len(wrong)} of {len(nodes)} nodes can't {do} {place}: {_names(nodes, wrong)}; put it on storage that every node "
                 "mounts at the same path, or at a URI such as s3://BUCKET/..., and give that"
             )
+
+
+def _works(node: Mapping[str, Any]) -> bool:
+    """Whether work can land on a node: it is up and has CPUs or GPUs. A head is best without, and then needs to see nothing."""
+    return bool(node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU")))
 
 
 def _check_programs(nodes: Mapping[str, str], found: Mapping[str, Found]) -> None:
