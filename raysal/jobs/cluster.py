@@ -269,7 +269,7 @@ def _refusal(address: str, error: Exception) -> RaysalError:
     if isinstance(error, RaysalError):
         return error
     if isinstance(error, AuthenticationError):
-        if "required" in text:
+        if text.startswith("Authentication required"):
             return InputError(f"{address}: the cluster asks for a token and none was sent; {HOW_TOKEN}")
         return InputError(f"{address}: the cluster refuses the token; {HOW_TOKEN}")
     if "413" in text or "exceeds the maximum size" in text:

@@ -142,19 +142,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def test_a_job_is_sent_followed_to_its_end_and_is_one_however_often_it_is_sent(cluster: Cluster) -> None:
     (cluster.root / "c.yaml").write_text("runtime: {kind: eager}\ncompute: {score_actors: 1}\n")
-    label = (
-        "label",
-        cluster.root / "model",
-        cluster.root / "images",
-        "--out",
-        cluster.root / "labels",
-        "--config",
-        cluster.root / "c.yaml",
-    )
+    model, images, labels = (cluster.root / name for name in ("model", "images", "labels"))
+    label = ("label", model, images, "--out", labels, "--config", cluster.root / "c.yaml")
     first = cluster.submit(*label)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr
     assert "submitted" in first.stderr and f"{IMAGES} ok" in first.stdout and "SUCCEEDED" in first.stdout
-    rows = pq.read_table([str(f) for f in (cluster.root / "labels").glob("part-*.parquet")]).to_pylist()
+    rows = pq.read_table([str(f) for f in labels.glob("part-*.parquet")]).to_pylist()
     assert [row["status"] for row in rows] == ["ok"] * IMAGES
     again = cluster.submit(*label)
     assert again.returncode == 0 and "nothing to do" in again.stdout
