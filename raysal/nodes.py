@@ -33,7 +33,8 @@ Found = Mapping[str, Any]
 
 
 def check_nodes(reads: Sequence[str], writes: Sequence[str], timeout_s: float = ANSWER_S) -> None:
-    """Looks at the places of a run from every node that work can land on. On one node, and without Ray, there is nothing to find out.
+    """Looks at the places of a run from every node that work can land on. Where that is this process's own alone, or Ray is
+    not up, there is nothing to find out.
 
     Args:
         reads: Files and folders that the work reads. What this process can't read itself is passed over: it is told elsewhere.
@@ -47,7 +48,7 @@ def check_nodes(reads: Sequence[str], writes: Sequence[str], timeout_s: float = 
     if not ray.is_initialized():
         return
     nodes = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in ray.nodes() if _works(node)}
-    if len(nodes) < 2:
+    if set(nodes) <= {ray.get_runtime_context().get_node_id()}:
         return
     known = {uri: size for uri in dict.fromkeys(reads) if (size := _size(uri)) is not None}
     with _probes(writes) as probes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
         monkeypatch.setattr(nodes.ray, "is_initialized", lambda: True)
         monkeypatch.setattr(nodes.ray, "nodes", lambda: list(up))
+        monkeypatch.setattr(nodes.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node(1)["NodeID"]))
         monkeypatch.setattr(nodes, "_ask", ask)
         return asked
 
@@ -49,8 +51,12 @@ def test_nodes_that_see_everything_pass_and_nothing_is_left(answers: Callable[..
 
 
 def test_one_node_and_no_ray_are_not_asked(answers: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert answers(node(1), node(2, cpus=0)) == []
+    asked = answers(node(1), node(2, cpus=0))
     nodes.check_nodes(["/no/such"], ["/proc/no/such"])
+    assert asked == []
+    asked = answers(node(1, cpus=0), node(2))  # the work is elsewhere, although on one node
+    nodes.check_nodes([], [str(tmp_path)])
+    assert [n[:2] for n in asked] == ["02"]
     monkeypatch.setattr(nodes.ray, "is_initialized", lambda: False)
     nodes.check_nodes(["/no/such"], ["/proc/no/such"])
 
@@ -106,7 +112,7 @@ def one_node(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     def make(cpus: float) -> None:
         monkeypatch.setattr(cluster.ray, "nodes", lambda: [node(1, cpus)])
         monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": cpus})
-        monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: type("C", (), {"get_node_id": lambda self: node(1)["NodeID"]})())
+        monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node(1)["NodeID"]))
 
     return make
 
