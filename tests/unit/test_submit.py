@@ -29,6 +29,13 @@ LABEL = ("s3://m/model", "s3://m/manifest", "--out", "s3://m/labels")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies in the home of who runs the tests."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+
+
 def made(verb: str, *arguments: str, **more: Any) -> Submission:
     """As the command line makes it."""
     values = typer.main.get_group(app).commands[verb].make_context(verb, list(arguments)).params
