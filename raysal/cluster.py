@@ -6,17 +6,22 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext
 
-from raysal.config import ComputeConfig
+from raysal.config import JOB_CPUS, ComputeConfig
 from raysal.errors import ResourceError
 
 INGEST_CPUS = 0.5
 """Logical CPUs that a training leaves to the tasks that decode unlabelled images."""
+
+GROW_POLL_S = 5.0
+"""Between two looks at a cluster that grows."""
 
 
 @contextlib.contextmanager
@@ -97,34 +102,68 @@ def _object_store_bytes() -> int | None:
     return None
 
 
+def _cpus() -> list[float]:
+    """Logical CPUs that work can have on each node that is up: those of a job's own process are taken."""
+    held = float(os.environ.get(JOB_CPUS) or 0)
+    mine = ray.get_runtime_context().get_node_id() if held else None
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [float(node["Resources"].get("CPU", 0)) - (held if mine and node["NodeID"] == mine else 0) for node in nodes]
+
+
+def _besides() -> str:
+    return f" besides the {os.environ[JOB_CPUS]} of this job's own process" if os.environ.get(JOB_CPUS) else ""
+
+
+def _waited(compute: ComputeConfig, bundle: dict[str, float], n: int, lacks: Callable[[], str]) -> str:
+    """What the cluster lacks; empty where it lacks nothing, or its autoscaler brought it within `compute.grow_s`."""
+    lack, end = lacks(), time.monotonic() + compute.grow_s
+    if not lack or not compute.grow_s:
+        return lack
+    request_resources(bundles=[bundle] * n)
+    try:
+        while lack and time.monotonic() < end:
+            time.sleep(GROW_POLL_S)
+            lack = lacks()
+    finally:
+        request_resources(bundles=[])  # or the nodes would stay for ever
+    return f"{lack} (waited {compute.grow_s:g} s for more nodes)" if lack else ""
+
+
 def check_training(compute: ComputeConfig) -> None:
     """Refuses a training that the cluster could never schedule, with the numbers, instead of waiting for ever.
 
     Raises:
         ResourceError: Fewer CPUs or GPUs than the workers and the ingest beside them need.
     """
-    workers = compute.train_workers
-    if workers == 0:
+    if compute.train_workers == 0:
         return
-    have = ray.cluster_resources()
-    need = workers * compute.cpus_per_worker + INGEST_CPUS
-    fit = sum(int(float(node["Resources"].get("CPU", 0)) // compute.cpus_per_worker) for node in ray.nodes() if node["Alive"])
-    if have.get("CPU", 0) >= need and fit < workers:  # a worker can't be spread over nodes
-        raise ResourceError(
-            f"{workers} train workers of {compute.cpus_per_worker:g} CPUs each: the cluster has {have.get('CPU', 0):g} CPUs, but its nodes "
+    bundle = {"CPU": compute.cpus_per_worker} | ({"GPU": 1.0} if compute.use_gpu else {})
+    if lack := _waited(compute, bundle, compute.train_workers, lambda: _lacks_for_training(compute)):
+        raise ResourceError(lack)
+
+
+def _lacks_for_training(compute: ComputeConfig) -> str:
+    workers = compute.train_workers
+    cpus, gpus = _cpus(), ray.cluster_resources().get("GPU", 0)
+    have, need = sum(cpus), workers * compute.cpus_per_worker + INGEST_CPUS
+    fit = sum(int(room // compute.cpus_per_worker) for room in cpus)
+    if have >= need and fit < workers:  # a worker can't be spread over nodes
+        return (
+            f"{workers} train workers of {compute.cpus_per_worker:g} CPUs each: the cluster has {have:g} CPUs, but its nodes "
             f"have room for only {fit} such workers; lower compute.cpus_per_worker or compute.train_workers"
         )
-    if have.get("CPU", 0) < need:
-        raise ResourceError(
+    if have < need:
+        return (
             f"{workers} train workers x {compute.cpus_per_worker:g} CPUs + {INGEST_CPUS:g} for decoding = {need:g} CPUs, "
-            f"but the cluster has {have.get('CPU', 0):g}; lower compute.train_workers or compute.cpus_per_worker, "
+            f"but the cluster has {have:g}{_besides()}; lower compute.train_workers or compute.cpus_per_worker, "
             "or add nodes (compute.address)"
         )
-    if compute.use_gpu and have.get("GPU", 0) < workers:
-        raise ResourceError(
-            f"{workers} train workers need {workers} GPUs, but the cluster has {have.get('GPU', 0):g}; "
+    if compute.use_gpu and gpus < workers:
+        return (
+            f"{workers} train workers need {workers} GPUs, but the cluster has {gpus:g}; "
             "lower compute.train_workers or set compute.use_gpu=false"
         )
+    return ""
 
 
 def score_actors(compute: ComputeConfig) -> int:
@@ -133,22 +172,29 @@ def score_actors(compute: ComputeConfig) -> int:
     Raises:
         ResourceError: The cluster has fewer CPUs or GPUs than the actors and one read task need.
     """
-    have = ray.cluster_resources()
-    cores = sum(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
     if compute.use_gpu:
-        actors = compute.score_actors or max(1, int(have.get("GPU", 0)))
-        if have.get("GPU", 0) < actors:
-            raise ResourceError(
-                f"{actors} score actors need {actors} GPUs, but the cluster has {have.get('GPU', 0):g}; "
-                "lower compute.score_actors or set compute.use_gpu=false"
-            )
+        actors = compute.score_actors or max(1, int(ray.cluster_resources().get("GPU", 0)))
     else:
+        cores = sum(_cpus())
         default = os.cpu_count() or 1 if len(ray.nodes()) == 1 else int(cores)
-        actors = compute.score_actors or max(1, default)
+        actors = compute.score_actors or max(1, min(default, int((cores - INGEST_CPUS) / compute.cpus_per_actor)))
+    bundle = {"CPU": compute.cpus_per_actor} | ({"GPU": 1.0} if compute.use_gpu else {})
+    if lack := _waited(compute, bundle, actors, lambda: _lacks_for_scoring(compute, actors)):
+        raise ResourceError(lack)
+    return actors
+
+
+def _lacks_for_scoring(compute: ComputeConfig, actors: int) -> str:
+    cores, gpus = sum(_cpus()), ray.cluster_resources().get("GPU", 0)
+    if compute.use_gpu and gpus < actors:
+        return (
+            f"{actors} score actors need {actors} GPUs, but the cluster has {gpus:g}; "
+            "lower compute.score_actors or set compute.use_gpu=false"
+        )
     need = actors * compute.cpus_per_actor + INGEST_CPUS
     if cores < need:
-        raise ResourceError(
+        return (
             f"{actors} score actors x {compute.cpus_per_actor:g} CPUs + {INGEST_CPUS:g} for reading = {need:g} CPUs, but the cluster has "
-            f"{cores:g}; lower compute.score_actors or compute.cpus_per_actor"
+            f"{cores:g}{_besides()}; lower compute.score_actors or compute.cpus_per_actor"
         )
-    return actors
+    return ""

@@ -33,6 +33,9 @@ LossName = Literal["wce", "dice", "focal", "ohem", "lovasz"]
 Method = Literal["cps_mars"]
 WeightScheme = Literal["none", "sqrt_inverse", "inverse", "median_frequency", "enet", "effective_number"]
 
+JOB_CPUS = "RAYSAL_JOB_CPUS"
+"""Environment variable that tells a submitted job how many logical CPUs its own process holds: the work it starts can't have them."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
@@ -263,6 +266,7 @@ class ComputeConfig(Section):
     score_actors: Count = 0  # model actors; 0: one per core (per GPU with use_gpu)
     cpus_per_actor: PositiveFloat = 0.5  # under 1, so that read tasks always find a slot
     ingest_tasks: Count = 0  # tasks that decode unlabelled images at once; 0: a quarter of the cluster's logical CPUs
+    grow_s: NonNegative = 0.0  # seconds to wait for an autoscaler to bring what a run needs; 600 where nodes come and go
     asynchronous_upload: bool = True  # train workers upload checkpoints while training goes on
 
 

@@ -69,7 +69,7 @@ class Ui:
         return Watcher(on_stage=self.stage, on_progress=self.progress, on_round=self.round, on_warning=self.warning)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)  # what is to be copied stays in one line
 
     def warning(self, text: str) -> None:
         self.say(f"warning: {text}")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from raysal.cli import serving
+from raysal.cli import serving, submit
 from raysal.cli.archive import index
 from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set
 from raysal.config import Config, load
@@ -210,6 +210,7 @@ def label(
 
 app.command()(index)
 app.add_typer(serving.app, name="serve")
+app.add_typer(submit.app, name="submit")
 
 
 @app.command()
@@ -331,11 +332,11 @@ def packaged_config(name: str) -> Path:
     raise ConfigError(f"configs/{name}.yaml is missing from this installation; install raysal again")
 
 
-def main() -> None:
-    """Entry point: maps errors to exit codes (0 done, 1 failed, 2 bad usage or input)."""
+def main(*verb: str) -> None:
+    """Entry point: maps errors to exit codes (0 done, 1 failed, 2 bad usage or input). A verb goes before the arguments of the process."""
     _quiet()
     try:
-        app()
+        app([*verb, *sys.argv[1:]])
     except RaysalError as error:
         print(f"raysal: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

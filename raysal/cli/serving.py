@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from raysal.cli.options import Json
+from raysal.cli.tokens import authenticated
 from raysal.errors import ConfigError
 from raysal.progress import Ui
 
@@ -25,15 +26,6 @@ Precision = Annotated[
     float | None, typer.Option(help="Pixels abstain (255) unless their class, at their confidence, was right that often on val.")
 ]
 Digest = Annotated[str | None, typer.Option(help="sha256 that the checkpoint must have, or 12 digits of it or more.")]
-
-
-def _authenticated(starts: bool) -> None:
-    """Ray's own token, for jobs and its dashboard: made for a Ray that starts here, sent where there is one. Read when Ray is imported."""
-    token = Path.home() / ".ray" / "auth_token"
-    if starts or token.exists() or os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if token.exists():
-        token.chmod(0o600)  # Ray leaves it for all to read
 
 
 def _checked(kind: Callable[..., Made], **values: Any) -> Made:
@@ -79,7 +71,7 @@ def run(
 
     Example: raysal serve runs/demo/rounds/002/checkpoint
     """
-    _authenticated(starts=True)
+    authenticated(starts=True)
     from raysal.model.checkpoint import read_info
     from raysal.serving import local
     from raysal.serving.settings import Gate, Settings
@@ -98,7 +90,7 @@ def run(
     ui = Ui(json_)
     ui.say("starting Ray and the endpoint")
     dashboard = local.run(settings, host, port, replicas, ui.say)
-    _authenticated(starts=True)
+    authenticated(starts=True)
     url = f"http://{host if ':' not in host else f'[{host}]'}:{port}"
     token = ' -H "Authorization: Bearer TOKEN"' if local.Tokens(settings.tokens_file).wanted else ""
     ui.result(
@@ -131,7 +123,7 @@ def promote(
 
     Example: raysal serve promote runs/mars/rounds/003/checkpoint
     """
-    _authenticated(starts=False)
+    authenticated(starts=False)
     from raysal.archive.uris import absolute
     from raysal.model.checkpoint import digest_at
     from raysal.serving import local

@@ -33,7 +33,7 @@ from raysal.rounds.audit import audit
 from raysal.rounds.choose import available, choose, random_start, typical_start
 from raysal.rounds.ledger import Ledger, OnStage, read_json, write_json
 from raysal.rounds.oracle import buy
-from raysal.rounds.preflight import preflight, preflight_rounds
+from raysal.rounds.preflight import preflight, preflight_nodes, preflight_rounds
 from raysal.stream.label import TRUST, label_pool
 from raysal.stream.pool import finished_by
 from raysal.stream.score import score_pool
@@ -126,6 +126,7 @@ class _Loop:
         self.dataset, self.pool, self.val = open_data(self.cfg, self._warn)
         self.by_id = {item.id: item for item in self.pool}
         preflight_rounds(self.cfg, self.pool, preflight(self.cfg, self.dataset))
+        preflight_nodes(self.cfg, self.pool)
         self.ledger.open(self.cfg, "loop")
         self.warnings |= dict.fromkeys(self.ledger.notes().get("warnings", []))
         write_table(join(self.ledger.run, "manifest.parquet"), manifest_of(self.pool))

@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Sequence
 
 from raysal import cluster
-from raysal.archive.uris import is_local
+from raysal.archive.uris import absolute, is_local
 from raysal.config import Config
 from raysal.datasets.base import Dataset, Item
 from raysal.errors import ConfigError, DataError, ResourceError
+from raysal.model.encoder_weights import is_file
 from raysal.model.engines import settle
 from raysal.model.network import TwoBranch, dropouts
+from raysal.nodes import check_nodes
 from raysal.query.scores import score_columns
 from raysal.query.select import room
 from raysal.train.ray import check_workers
@@ -55,6 +57,18 @@ def preflight_rounds(cfg: Config, pool: Sequence[Item], model: TwoBranch) -> Non
         )
     if cfg.loop.uncertainty_below and (cfg.score.aggregate != "mean" or cfg.score.class_bonus):
         raise ConfigError("loop.uncertainty_below bounds a mean over pixels; set score.aggregate=mean and score.class_bonus=false")
+
+
+def preflight_nodes(cfg: Config, items: Sequence[Item]) -> None:
+    """Checks that every node of a cluster sees the data and the run folder.
+
+    Raises:
+        ResourceError: It names the nodes that do not.
+    """
+    places = [place for item in (items[0], items[-1]) for place in (item.image, item.mask) if place]
+    if (weights := cfg.model.encoder_weights) is not None and is_file(weights):
+        places.append(absolute(weights))
+    check_nodes(places, [absolute(cfg.run)])
 
 
 def _check_disk(cfg: Config, model: TwoBranch) -> None:

@@ -22,7 +22,7 @@ from raysal.rounds.audit import audit, draw
 from raysal.rounds.choose import choose
 from raysal.rounds.ledger import Ledger, write_json
 from raysal.rounds.loop import Watcher
-from raysal.rounds.preflight import preflight
+from raysal.rounds.preflight import preflight, preflight_nodes
 from raysal.train.evaluate import evaluate
 from raysal.train.plan import Plan
 from raysal.train.ray import fetch_checkpoint, fit
@@ -47,6 +47,7 @@ def train_once(cfg: Config, labels: Sequence[str] | None, watcher: Watcher) -> d
         for warning in check(dataset, (cfg.data.pool_split, cfg.data.val_split), pool={cfg.data.pool_split}):
             watcher.on_warning(warning)
         preflight(cfg, dataset)
+        preflight_nodes(cfg, pool)
         ledger.open(cfg, "train", given)
 
         def work(_: str) -> dict:

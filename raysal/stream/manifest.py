@@ -66,6 +66,15 @@ def missing_rows(manifest: Manifest, missing: np.ndarray) -> pa.Table:
     return pa.Table.from_batches(parts, schema=COLUMNS).combine_chunks()
 
 
+def examples(manifest: Manifest, missing: np.ndarray) -> list[str]:
+    """Places that whoever works on a manifest must see: some of its missing images, and itself where it is not in memory."""
+    if isinstance(manifest, pa.Table):
+        ends = np.flatnonzero(missing)[[0, -1]]
+        return list(manifest["uri"].take(pa.array(ends)).to_pylist())
+    with _reading(manifest):
+        return [manifest, *_open(manifest).head(1)["uri"].to_pylist()]
+
+
 def stream(manifest: str) -> ray.data.Dataset:
     """All rows of a long manifest."""
     fs, files = parquet_files(manifest)

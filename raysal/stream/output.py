@@ -40,7 +40,7 @@ INDEX = "_rows.pq"
 
 SHARD = re.compile(r"part-[0-9a-f]{24}\.parquet$")
 OURS = re.compile(
-    r"part-[0-9a-f]{24}\.parquet|_SUCCESS|_RUN\.json|_failed\.pq|_rows\.pq|_trust\.json|_attempt-part-[0-9a-f]{24}\.parquet\.json"
+    r"part-[0-9a-f]{24}\.parquet|_SUCCESS|_RUN\.json|_failed\.pq|_rows\.pq|_trust\.json|\.raysal-probe-.*|_attempt-part-[0-9a-f]{24}\.parquet\.json"
 )
 """Names of the files that a run leaves in its folder, and may delete there; temporary names continue them."""
 

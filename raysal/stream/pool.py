@@ -29,10 +29,12 @@ from ray.exceptions import ActorDiedError, RayError
 from raysal import errors
 from raysal.archive.uris import join, read_record
 from raysal.cluster import connected, data_context, score_actors
-from raysal.config import Config
+from raysal.config import ComputeConfig, Config
 from raysal.errors import RaysalError
+from raysal.model.checkpoint import INFO
+from raysal.nodes import check_nodes
 from raysal.stream import manifest as manifests
-from raysal.stream.job import among, prepare
+from raysal.stream.job import Job, among, prepare
 from raysal.stream.manifest import Manifest, missing_rows
 from raysal.stream.output import EMPTY, SUCCESS, keys
 from raysal.stream.worker import STATUSES, PoolWorker, Task
@@ -140,19 +142,20 @@ def run_pool(
     started = time.perf_counter()
     job = prepare(worker, manifest, checkpoint_uri, out_uri, schema, cfg, class_bonus)
     # Looked at before it is claimed: who finds nothing to do takes nothing from a run that is at work there.
-    whole, token = finished_by(out_uri) is not None and job.output.mine(replace), None
+    whole, token = job.output.mine(replace) and finished_by(out_uri) is not None, None
     held = job.output.read() if whole else EMPTY
     missing, there = job.missing(held, retry_failed)
-    if not whole or missing.any() or len(held.twice):
-        token = job.output.claim(replace)
-        held = job.output.held()
-        missing, there = job.missing(held, retry_failed)
-    todo, cores = int(missing.sum()), 0
-    if token is not None and todo:
-        job.output.open()
-        task = dataclasses.replace(job.task, token=token)
-        cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress, kept or Kept())
-        held = job.output.held()
+    with _joined(job, missing):
+        if not whole or missing.any() or len(held.twice):
+            token = job.output.claim(replace)
+            held = job.output.held()
+            missing, there = job.missing(held, retry_failed)
+        todo, cores = int(missing.sum()), 0
+        if token is not None and todo:
+            job.output.open()
+            task = dataclasses.replace(job.task, token=token)
+            cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress, kept or Kept())
+            held = job.output.held()
     if absent := int(job.missing(held)[0].sum()):
         raise RaysalError(
             f"{out_uri}: {absent} of {len(job.wanted)} images have no row at the end; was the folder changed? Run the command again"
@@ -176,6 +179,18 @@ def run_pool(
     return summary
 
 
+@contextlib.contextmanager
+def _joined(job: Job, missing: np.ndarray) -> Iterator[None]:
+    """Joins the cluster that there is work for, and has each of its nodes show that it can do its share. A refused run changes nothing."""
+    compute = job.task.cfg.compute
+    if not (missing.any() and _elsewhere(compute)):
+        yield
+        return
+    with connected(compute):
+        check_nodes([join(job.task.checkpoint_uri, INFO), *manifests.examples(job.manifest, missing)], [job.output.uri])
+        yield
+
+
 def finished_by(out_uri: str) -> str | None:
     """Digest of the model of a finished output, None where it is not finished."""
     digest: str | None = read_record(join(out_uri, SUCCESS)).get("model_digest")
@@ -194,7 +209,7 @@ def _work(
 ) -> int:
     """Does the missing images of a manifest, here or on Ray. Returns the cores that were kept busy."""
     compute, todo = task.cfg.compute, int(missing.sum())
-    here = todo <= compute.in_process and not (compute.address or os.environ.get("RAY_ADDRESS") or _several_nodes())
+    here = todo <= compute.in_process and not _elsewhere(compute)
     with contextlib.nullcontext() if here else connected(compute):
         actors = 1 if here else score_actors(compute)
         rows = rows_per_shard or min(LARGEST_BLOCK, max(task.cfg.score.batch_size, math.ceil(todo / (actors * BLOCKS_PER_ACTOR))))
@@ -296,9 +311,9 @@ def _as_raysal_errors() -> Iterator[None]:
         raise RaysalError(f"the run broke down: {line}; mend that and run the same command again") from error
 
 
-def _several_nodes() -> bool:
-    """Whether Ray is up on more machines than this one."""
-    return ray.is_initialized() and len(ray.nodes()) > 1
+def _elsewhere(compute: ComputeConfig) -> bool:
+    """Whether the work is for a cluster: one that is named, or Ray is up on more machines than this one."""
+    return bool(compute.address or os.environ.get("RAY_ADDRESS")) or (ray.is_initialized() and len(ray.nodes()) > 1)
 
 
 def _cores() -> int:

@@ -65,7 +65,7 @@ class Learner:
     def __init__(self, plan: Plan, session: Session) -> None:
         cfg, self.plan, self.session = plan.cfg, plan, session
         n_classes = plan.dataset.label_set.n_classes
-        self.model = prepare(TwoBranch(cfg.model, n_classes, cfg.seed), cfg.model, session.device)
+        self.model = prepare(TwoBranch(plan.model, n_classes, cfg.seed), cfg.model, session.device)
         if plan.start:
             self._warm_start(plan.start)
         if cfg.optim.freeze_encoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from raysal.config import Config, digest_of
+from raysal.config import Config, ModelConfig, digest_of
 from raysal.datasets.base import Dataset, Item
 
 CHECKPOINT_FILES = ("model.safetensors", "model.json")
@@ -23,6 +23,7 @@ class Plan:
         pixels, images: Labelled pixels, and labelled images holding it, of each class (for class weights).
         start: Checkpoint whose weights both branches start from (warm start), or None.
         parents: Where this model comes from, kept in its checkpoint.
+        weights: Where workers, whose working folder is another one, find the file of `model.encoder_weights`; None as it is given.
     """
 
     cfg: Config
@@ -34,6 +35,12 @@ class Plan:
     images: tuple[int, ...]
     start: str | None = None
     parents: dict = field(default_factory=dict)
+    weights: str | None = None
+
+    @property
+    def model(self) -> ModelConfig:
+        """Of the network to begin with."""
+        return self.cfg.model if self.weights is None else self.cfg.model.model_copy(update={"encoder_weights": self.weights})
 
     @property
     def semi_supervised(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -24,9 +25,10 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
 from raysal import cluster, errors
-from raysal.archive.uris import exists, join, open_fs, read_bytes, remove_tree, write_bytes
+from raysal.archive.uris import absolute, exists, join, open_fs, read_bytes, remove_tree, write_bytes
 from raysal.config import Config
 from raysal.errors import RaysalError
+from raysal.model.encoder_weights import is_file
 from raysal.train import saved
 from raysal.train.feeds import Draws, UnlabeledBatch, draw_at, share
 from raysal.train.logs import Log, read_log
@@ -74,6 +76,8 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
     """
     check_workers(plan.cfg)
     _drop_broken(folder)
+    if (weights := plan.cfg.model.encoder_weights) is not None and is_file(weights):
+        plan = dataclasses.replace(plan, weights=absolute(weights))
     with cluster.data_context(ordered=True), _watch(plan.cfg, folder, on_progress):
         try:
             _trainer(plan, folder).fit()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray.data
+from safetensors.torch import save_file
 
 from raysal import cluster
 from raysal.archive.uris import join
@@ -20,6 +21,7 @@ from raysal.config import Config
 from raysal.datasets.build import build
 from raysal.errors import CheckpointError, ResourceError
 from raysal.model import checkpoint
+from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
 from raysal.rounds.single import count_classes
 from raysal.train import ray as ray_adapter
@@ -69,9 +71,14 @@ def undisturbed(ray_runtime, tmp_path_factory) -> tuple[Plan, Trained]:
     return plan, fit(plan, str(run / "train"))
 
 
-def test_one_worker_and_no_worker_train_the_same_model_even_in_turns(ray_runtime, tmp_path: Path) -> None:
-    """The second takes up what the first left: its bookkeeping torn, its newest checkpoint cut short."""
+def test_one_worker_and_no_worker_train_the_same_model_even_in_turns(ray_runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second takes up what the first left: its bookkeeping torn, its newest checkpoint cut short. Weights of the encoder have a
+    relative path, which workers with another working folder must find too."""
     plan = plan_of(tiny(tmp_path, compute={"train_workers": 1, "threads": 1}))
+    save_file(TwoBranch(plan.cfg.model, 9, 5).branches[0].encoder.state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    model = plan.cfg.model.model_copy(update={"encoder_weights": "weights.safetensors"})
+    plan = replace(plan, cfg=plan.cfg.model_copy(update={"model": model}))
     alone = fit(plan, str(tmp_path / "one"))
     left = tmp_path / "none" / "fit"
     shutil.copytree(tmp_path / "one" / "fit" / "step-00000009", left / "step-00000009")

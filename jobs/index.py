@@ -1,0 +1,9 @@
+"""`raysal index` as a Ray job, from a checkout:
+
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \
+    python jobs/index.py s3://archive/msl/ --out s3://mission/manifest
+"""
+
+from raysal.cli import main
+
+main("index")

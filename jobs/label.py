@@ -1,0 +1,9 @@
+"""`raysal label` as a Ray job, from a checkout:
+
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \
+    python jobs/label.py s3://mission/models/current s3://mission/manifest --out s3://mission/labels
+"""
+
+from raysal.cli import main
+
+main("label")

@@ -1,0 +1,9 @@
+"""`raysal score` as a Ray job, from a checkout:
+
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \
+    python jobs/score.py s3://mission/models/current s3://mission/manifest --out s3://mission/scores
+"""
+
+from raysal.cli import main
+
+main("score")

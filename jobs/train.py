@@ -1,0 +1,9 @@
+"""`raysal train` as a Ray job, from a checkout:
+
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \
+    python jobs/train.py --config configs/marsscapes.yaml --set run=s3://mission/runs/once --set data.root=s3://mission/labelled
+"""
+
+from raysal.cli import main
+
+main("train")

@@ -1,0 +1,283 @@
+"""Submissions on a cluster, through Ray's job client: sent once, followed through broken connections, stopped, listed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import ray
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from raysal.errors import InputError, RaysalError
+from raysal.jobs.submission import PREFIX, Submission, check_address, in_clear
+
+ANSWER_S = 20.0
+"""A dashboard that takes longer for its first answer counts as unreachable."""
+
+QUIET_S = 60.0
+"""After so long without a line of the log the job is asked how it is: a connection that was cut off tells nothing."""
+
+PATIENCE_S = 600.0
+"""How long a cluster may be away while its job is followed."""
+
+POLL_S = 1.0
+
+HOW_TOKEN = "put the cluster's token into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
+
+Say = Callable[[str], None]
+
+
+class Jobs:
+    """The jobs of a cluster.
+
+    Args:
+        address: Of its dashboard.
+        warn: Told what is unsafe about it.
+
+    Raises:
+        InputError: Nobody answers there, the token is missing or wrong, or its Ray is of another version than this one.
+    """
+
+    def __init__(self, address: str, warn: Say = lambda _: None) -> None:
+        self.address = check_address(address)
+        tokens = _wants_token(self.address)
+        if not tokens:
+            warn(f"{self.address} asks for no token: whoever reaches it can run programs there; see docs/security.md")
+        elif in_clear(self.address):
+            warn(f"{self.address}: the token crosses the network in clear; use https or an SSH tunnel")
+        self.client = _client(self.address)
+
+    def submit(self, made: Submission, again: bool = False) -> tuple[str, JobDetails | None]:
+        """Sends a submission, unless its job is under way or done.
+
+        Args:
+            made: The submission.
+            again: Send it although it has succeeded: an archive may have grown.
+
+        Returns:
+            The job's id; and the job where it was there before, None where it is new.
+        """
+        id_, job = self._newest(made.id)
+        if job is not None and not job.status.is_terminal():
+            return id_, job
+        if job is not None and job.status == JobStatus.SUCCEEDED and not again:
+            return id_, job
+        if job is not None:
+            id_ = f"{made.id}-r{_number(made.id, id_) + 1}"
+        try:
+            with made.runtime_env() as runtime_env:
+                self.client.submit_job(
+                    entrypoint=made.entrypoint,
+                    submission_id=id_,
+                    runtime_env=runtime_env,
+                    metadata=made.metadata,
+                    entrypoint_num_cpus=made.cpus,
+                    entrypoint_memory=made.memory or None,
+                )
+        except Exception as error:  # of all sorts, as the answer is
+            if "already exists" in str(error):  # somebody else sent the same at the same moment
+                return id_, self.job(id_)
+            raise _refusal(self.address, error) from error
+        return id_, None
+
+    def job(self, id_: str) -> JobDetails:
+        """What the cluster says of a job.
+
+        Raises:
+            InputError: It knows none of that id.
+            RaysalError: It does not answer.
+        """
+        try:
+            return self.client.get_job_info(id_)
+        except Exception as error:
+            if "does not exist" in str(error):
+                raise InputError(f"{id_}: {self.address} knows no such job; see: raysal submit list --address {self.address}") from error
+            raise _refusal(self.address, error) from error
+
+    def jobs(self) -> list[JobDetails]:
+        """All jobs of raysal that the cluster knows, the newest first."""
+        try:
+            found = [job for job in self.client.list_jobs() if (job.submission_id or "").startswith(PREFIX)]
+        except Exception as error:
+            raise _refusal(self.address, error) from error
+        return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+
+    def log(self, id_: str) -> str:
+        """All that a job has written so far."""
+        self.job(id_)
+        try:
+            return self.client.get_job_logs(id_)
+        except Exception as error:
+            raise _refusal(self.address, error) from error
+
+    def stop(self, id_: str, timeout_s: float = 60.0) -> tuple[bool, JobDetails]:
+        """Stops a job and waits until it has. Returns whether it was under way, and the job."""
+        job = self.job(id_)
+        if job.status.is_terminal():
+            return False, job
+        try:
+            self.client.stop_job(id_)
+        except Exception as error:
+            raise _refusal(self.address, error) from error
+        end = time.monotonic() + timeout_s
+        while not (job := self.job(id_)).status.is_terminal():
+            if time.monotonic() > end:
+                raise RaysalError(f"{id_}: told to stop, but goes on after {timeout_s:g} s; say so once more")
+            time.sleep(POLL_S)
+        return True, job
+
+    def follow(self, id_: str, write: Say, say: Say) -> JobDetails:
+        """Writes a job's log as it grows, until the job has ended.
+
+        Args:
+            id_: The job.
+            write: Gets the log, piece by piece.
+            say: Gets what is going on besides.
+
+        Raises:
+            InputError: The cluster knows no such job (any more).
+            RaysalError: The cluster was away for too long; the job may go on.
+        """
+        log, job, broken = _Log(write), None, 0.0
+        while True:
+            try:
+                before, job, broken = job, self.job(id_), 0.0
+                if job.status != JobStatus.PENDING:
+                    asyncio.run(log.read(self.client, id_))
+                    if job.status.is_terminal():
+                        return job
+                elif before is None:
+                    say(f"{id_} waits for a node that has room for it")
+            except InputError as error:
+                if job is None:
+                    raise
+                raise RaysalError(f"{error}; was its head restarted? The same command sends the job again, and it goes on") from error
+            except Exception as error:  # clients raise all sorts where a connection breaks
+                if job is not None and job.status.is_terminal():  # its node may be gone, and its log with it
+                    return job
+                broken = broken or time.monotonic()
+                if time.monotonic() - broken > PATIENCE_S:
+                    raise RaysalError(
+                        f"{self.address} answers no more ({_said(error)}); the job may go on: the same command attaches to it again"
+                    ) from error
+            time.sleep(POLL_S)
+
+    def _newest(self, id_: str) -> tuple[str, JobDetails | None]:
+        """The last job of a submission, and its id; the id alone where there was none."""
+        mine = {job.submission_id or "": job for job in self.jobs() if _number(id_, job.submission_id or "")}
+        if not mine:
+            return id_, None
+        last = max(mine, key=lambda other: _number(id_, other))
+        return last, mine[last]
+
+
+class _Log:
+    """A job's log, of which each read writes what it has not written yet."""
+
+    def __init__(self, write: Say) -> None:
+        self.write, self.seen = write, 0
+
+    async def read(self, client: JobSubmissionClient, id_: str) -> None:
+        """From the beginning, as Ray sends it; returns at its end, or when nothing came for a while."""
+        at, pieces = 0, client.tail_job_logs(id_).__aiter__()
+        while True:
+            try:
+                piece = await asyncio.wait_for(anext(pieces), QUIET_S)
+            except (StopAsyncIteration, asyncio.TimeoutError):
+                return
+            new = piece[max(0, self.seen - at) :]
+            at += len(piece)
+            if new:
+                self.write(new)
+                self.seen = at
+
+
+def exit_code(job: JobDetails) -> int:
+    """What a command that waited for a job ends with: the job's own code; 1 where it was stopped or killed."""
+    if job.status == JobStatus.SUCCEEDED:
+        return 0
+    code = job.driver_exit_code or 1
+    return code if 0 < code < 256 else 1
+
+
+def why(job: JobDetails) -> str:
+    """Why a job failed, in one line, where its log does not say so itself."""
+    if job.status != JobStatus.FAILED or job.error_type == "JOB_ENTRYPOINT_COMMAND_ERROR":
+        return ""
+    return " ".join((job.message or "").split())[:500]
+
+
+def described(job: JobDetails) -> dict[str, Any]:
+    """A job as the command line prints it."""
+    return {
+        "id": job.submission_id,
+        "status": str(job.status),
+        "verb": (job.metadata or {}).get("raysal_verb"),
+        "entrypoint": job.entrypoint,
+        "started_ms": job.start_time,
+        "ended_ms": job.end_time,
+        "exit_code": job.driver_exit_code,
+        "why": why(job) or None,
+    }
+
+
+def _number(base: str, id_: str) -> int:
+    """1 for a submission's first job, 2 for its -r2; 0 for jobs of others."""
+    if id_ == base:
+        return 1
+    tail = id_.removeprefix(f"{base}-r")
+    return int(tail) if tail != id_ and tail.isdigit() else 0
+
+
+def _wants_token(address: str) -> bool:
+    """Whether a cluster asks for a token. Raises InputError where no dashboard of Ray answers."""
+    how = "is the cluster up, its dashboard (port 8265) reachable from here, the SSH tunnel open?"
+    try:
+        answer = httpx.get(f"{address}/api/authentication_mode", timeout=ANSWER_S)
+        return bool(answer.raise_for_status().json()["authentication_mode"] != "disabled")
+    except httpx.TransportError as error:
+        raise InputError(f"{address}: no answer ({_said(error)}); {how}") from error
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{address}: answers, but is no dashboard of Ray 2.52 or newer; {how}") from error
+
+
+def _client(address: str) -> JobSubmissionClient:
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they greet, and say in two lines what is said here in one
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets the environment win over what it is given
+    try:
+        client = JobSubmissionClient(address)
+    except Exception as error:
+        raise _refusal(address, error) from error
+    theirs = client._server_ray_version  # asked by the constructor; there is no public way to it
+    if theirs != ray.__version__:
+        raise InputError(
+            f"{address}: the cluster runs Ray {theirs}, this machine Ray {ray.__version__}; install the same: pip install ray=={theirs}"
+        )
+    return client
+
+
+def _refusal(address: str, error: Exception) -> RaysalError:
+    """What a user is told of what Ray's client raised."""
+    text = _said(error)
+    if isinstance(error, RaysalError):
+        return error
+    if isinstance(error, AuthenticationError):
+        if text.startswith("Authentication required"):
+            return InputError(f"{address}: the cluster asks for a token and none was sent; {HOW_TOKEN}")
+        return InputError(f"{address}: the cluster refuses the token; {HOW_TOKEN}")
+    if "413" in text or "exceeds the maximum size" in text:
+        return InputError(f"{address}: what travels with the job is too large for the cluster ({text}); put it into the nodes' image")
+    if isinstance(error, OSError):
+        return RaysalError(f"{address}: answers no more ({text}); run the same command again once it does")
+    return RaysalError(f"{address}: the cluster refuses: {text}")
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,183 @@
+"""The descriptions of clusters: what Ray, AWS and KubeRay take, and what keeps them safe."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+import raysal
+from raysal.cli import app
+from raysal.config import JOB_CPUS, load
+from raysal.jobs.submission import VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHED = [ROOT / "cluster.yaml", ROOT / "deploy/cluster-local.yaml"]
+RAY_OBJECTS = sorted((ROOT / "deploy").glob("ray*.yaml"))
+RAY_VERSION = "2.60.0"
+
+
+def read(file: Path) -> dict:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def clusters(file: Path) -> dict:
+    """The cluster inside a KubeRay object."""
+    spec = read(file)["spec"]
+    spec = spec.get("jobTemplate", spec)
+    return spec.get("rayClusterSpec") or spec["rayClusterConfig"]
+
+
+def job(file: Path) -> dict:
+    spec = read(file)["spec"]
+    return spec.get("jobTemplate", spec)
+
+
+JOBS = [file for file in RAY_OBJECTS if "entrypoint" in job(file)]
+
+
+@pytest.mark.parametrize("file", LAUNCHED, ids=lambda file: file.name)
+def test_ray_up_takes_it(file: Path) -> None:
+    whole = prepare_config(copy.deepcopy(read(file)))
+    validate_config(whole)
+    head = whole["available_node_types"][whole["head_node_type"]]
+    start = " ".join(whole["head_start_ray_commands"])
+    assert "--num-cpus=0" in start and head["resources"].get("CPU", 0) == 0
+    assert "--dashboard-host=127.0.0.1" in start
+    assert whole["idle_timeout_minutes"] > 0
+    assert any("RAY_AUTH_MODE=token" in option for option in whole["docker"]["run_options"])
+    assert whole["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
+
+
+def test_ray_up_refuses_a_knob_that_it_does_not_know() -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config(read(LAUNCHED[0]) | {"idle_timeout": 3}))
+
+
+def test_each_spot_worker_has_a_fallback_of_its_size_that_comes_second() -> None:
+    kinds = read(LAUNCHED[0])["available_node_types"]
+    spot = {n for n, kind in kinds.items() if kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot"}
+    assert spot == {"cpu_spot", "gpu_spot"}
+    for name in spot:
+        other = kinds[name.replace("spot", "on_demand")]
+        assert other["resources"] == kinds[name]["resources"] and other["priority"] < kinds[name]["priority"]
+        assert "InstanceMarketOptions" not in other["node_config"]
+    assert {"GPU" in kinds[n]["resources"] for n in spot} == {True, False}
+
+
+def test_aws_takes_each_kind_of_node() -> None:
+    """By the description of EC2's interface that its own client goes by."""
+    loaders = pytest.importorskip("botocore.loaders", reason="no botocore; pip install -e '.[s3]'")
+    from botocore.model import ServiceModel
+    from botocore.validate import ParamValidator
+
+    run = ServiceModel(loaders.Loader().load_service_model("ec2", "service-2")).operation_model("RunInstances").input_shape
+    for name, kind in read(LAUNCHED[0])["available_node_types"].items():
+        asked = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
+        assert not ParamValidator().validate(asked, run).has_errors(), name
+        assert asked["MetadataOptions"]["HttpTokens"] == "required"  # or any job could take the node's keys by a redirect
+        assert all(disk["Ebs"]["Encrypted"] for disk in asked["BlockDeviceMappings"])
+
+
+def closed(schema: Any) -> Any:
+    """A CRD's schema that, as kubectl does, takes no field that it does not name."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: closed(value) for key, value in schema.items() if key != "format"}
+    if isinstance(schema.get("properties"), dict) and "type" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@pytest.fixture
+def schema(file: Path) -> dict:
+    """KubeRay's own definition of an object: one of the files ray.io_*.yaml of its ray-operator/config/crd/bases, 1.6 or newer."""
+    folder = Path(os.environ.get("RAYSAL_CRDS", ROOT.parent / "shared/kuberay-crds"))
+    definition = folder / f"ray.io_{read(file)['kind'].lower()}s.yaml"
+    if not definition.is_file():
+        pytest.skip(f"no KubeRay definitions: {definition} is not there; set RAYSAL_CRDS to a folder that holds it")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte of YAML: seconds instead of most of a minute
+    versions = yaml.load(definition.read_text(encoding="utf-8"), Loader=loader)["spec"]["versions"]
+    [stored] = [version for version in versions if version["storage"]]
+    return closed(stored["schema"]["openAPIV3Schema"])
+
+
+@pytest.mark.parametrize("file", RAY_OBJECTS, ids=lambda file: file.name)
+def test_kuberay_takes_it(schema: dict, file: Path) -> None:
+    content = read(file)
+    schema["properties"]["metadata"] = {"type": "object"}
+    taken = jsonschema.Draft7Validator(schema)
+    taken.validate(content)
+    with pytest.raises(jsonschema.ValidationError, match="nonsense"):
+        taken.validate(content | {"spec": content["spec"] | {"nonsense": 1}})
+
+
+@pytest.mark.parametrize("file", RAY_OBJECTS, ids=lambda file: file.name)
+def test_a_cluster_on_kubernetes_asks_for_a_token_and_keeps_work_off_its_head(file: Path) -> None:
+    cluster = clusters(file)
+    assert cluster["rayVersion"] == RAY_VERSION
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "raysal-ray-token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        pod = group["template"]
+        assert pod["metadata"]["labels"]["app"] == "raysal"  # what the network policy goes by
+        for container in pod["spec"]["containers"]:
+            careful = container["securityContext"]
+            assert careful["runAsNonRoot"] and not careful["allowPrivilegeEscalation"]
+            assert {"cpu", "memory"} <= set(container["resources"]["requests"]) and "memory" in container["resources"]["limits"]
+    assert all(not group["template"]["spec"]["automountServiceAccountToken"] for group in cluster["workerGroupSpecs"])
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.name)
+def test_what_a_job_on_kubernetes_runs_are_verbs_with_arguments_that_they_take(file: Path) -> None:
+    words = shlex.split(job(file)["entrypoint"])
+    commands = shlex.split(words[2]) if words[:2] == ["sh", "-c"] else words
+    lines = [line.split(" ") for line in " ".join(commands).split(" && ")]
+    verbs = typer.main.get_group(app).commands
+    for line in lines:
+        assert line[:3] == ["python", "-m", "raysal"] and line[3] in VERBS
+        values = verbs[line[3]].make_context(line[3], line[4:]).params
+        config = values.get("config")
+        load(None if config is None else ROOT / "configs" / Path(config).name, values.get("set_", ()))
+    spec = job(file)
+    assert spec["entrypointNumCpus"] == float(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"][JOB_CPUS]) > 0
+    assert spec["shutdownAfterJobFinishes"] and spec["backoffLimit"] > 0
+
+
+def test_only_the_nodes_the_operator_and_prometheus_reach_rays_ports() -> None:
+    policies = list(yaml.safe_load_all((ROOT / "deploy/networkpolicy.yaml").read_text(encoding="utf-8")))
+    nodes, endpoint = policies
+    assert nodes["spec"]["podSelector"] == {"matchLabels": {"app": "raysal"}} and nodes["spec"]["policyTypes"] == ["Ingress"]
+    others = [rule for rule in nodes["spec"]["ingress"] if "podSelector" not in rule["from"][0]]
+    assert [port["port"] for rule in others for port in rule["ports"]] == [8265, 8080]
+    assert [port["port"] for rule in endpoint["spec"]["ingress"] for port in rule["ports"]] == [8000]
+
+
+def test_versions_are_the_same_everywhere() -> None:
+    texts = {file: file.read_text(encoding="utf-8") for file in [*LAUNCHED, *RAY_OBJECTS, ROOT / "deploy/Containerfile"]}
+    images = {found for text in texts.values() for found in re.findall(r"REGISTRY/raysal:(\S+)", text)}
+    assert images == {raysal.__version__}
+    assert set(re.findall(r"rayproject/ray:([0-9.]+)|\]==([0-9.]+)", texts[ROOT / "deploy/Containerfile"])) == {
+        (RAY_VERSION, ""),
+        ("", RAY_VERSION),
+    }
+
+
+def test_no_secret_stands_in_any_description() -> None:
+    files = [*LAUNCHED, *sorted((ROOT / "deploy").iterdir()), *sorted((ROOT / "serve").glob("*.yaml"))]
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"(auth_token|password|secret_access_key)\s*[:=]\s*['\"]?[0-9a-fA-F]{8}|AKIA", text), file
+        assert not re.search(r"kind:\s*Secret", text), file

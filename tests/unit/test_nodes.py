@@ -1,0 +1,143 @@
+"""Every node shows that it can do a run before it starts: a node that can't is named, with the fix, and nothing is left behind."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import raysal
+from raysal import cluster, nodes
+from raysal.config import JOB_CPUS, ComputeConfig
+from raysal.errors import InputError, ResourceError
+
+HERE = {"Python": platform.python_version(), "raysal": raysal.__version__, "wrong": {}}
+
+
+def node(number: int, cpus: float = 4.0, alive: bool = True) -> dict[str, Any]:
+    return {"NodeID": f"{number:02d}" * 14, "NodeManagerAddress": f"10.0.0.{number}", "Alive": alive, "Resources": {"CPU": cpus}}
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Makes up what the nodes say; returns the ids of those asked."""
+
+    def make(*up: dict, **said: dict) -> list[str]:
+        asked: list[str] = []
+
+        def ask(found: dict[str, str], known: dict[str, int], probes: dict[str, str], timeout_s: float) -> dict[str, Any]:
+            asked.extend(found)
+            return {n: nodes._look._function(dict(known), dict(probes), n) | said.get(f"n{int(n[:2])}", {}) for n in found}
+
+        monkeypatch.setattr(nodes.ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(nodes.ray, "nodes", lambda: list(up))
+        monkeypatch.setattr(nodes.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node(1)["NodeID"]))
+        monkeypatch.setattr(nodes, "_ask", ask)
+        return asked
+
+    return make
+
+
+def test_nodes_that_see_everything_pass_and_nothing_is_left(answers: Callable[..., list[str]], tmp_path: Path) -> None:
+    asked = answers(node(1), node(2), node(3, alive=False), node(4, cpus=0))
+    (tmp_path / "model.json").write_text("{}")
+    nodes.check_nodes([str(tmp_path / "model.json"), str(tmp_path), str(tmp_path / "gone.jpg")], [str(tmp_path / "a/b/out")])
+    assert [n[:2] for n in asked] == ["01", "02"]  # not the one that is down, nor a head without work
+    assert [f.name for f in tmp_path.iterdir()] == ["model.json"]
+
+
+def test_one_node_and_no_ray_are_not_asked(answers: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answers(node(1), node(2, cpus=0))
+    nodes.check_nodes(["/no/such"], ["/proc/no/such"])
+    assert asked == []
+    asked = answers(node(1, cpus=0), node(2))  # the work is elsewhere, although on one node
+    nodes.check_nodes([], [str(tmp_path)])
+    assert [n[:2] for n in asked] == ["02"]
+    monkeypatch.setattr(nodes.ray, "is_initialized", lambda: False)
+    nodes.check_nodes(["/no/such"], ["/proc/no/such"])
+
+
+def test_a_place_that_nodes_do_not_see_is_named_with_them_and_the_fix(answers: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    model, out = str(tmp_path / "model.json"), str(tmp_path / "out")
+    answers(node(1), node(2), node(3), n2={"wrong": {model: "nothing there"}}, n3={"wrong": {model: "another file there"}})
+    with pytest.raises(ResourceError, match=rf"2 of 3 nodes can't see {model}: 10\.0\.0\.2 \(02020202\): nothing there.*s3://"):
+        nodes.check_nodes([model], [out])
+    answers(node(1), node(2), n2={"wrong": {out: "not the same storage"}})
+    with pytest.raises(ResourceError, match=rf"1 of 2 nodes can't write to {out}.*every node mounts"):
+        nodes.check_nodes([model], [out])
+    assert [f.name for f in tmp_path.iterdir()] == ["model.json"]
+
+
+def test_of_many_nodes_some_are_named(answers: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    wrong = {"wrong": {str(tmp_path / "a"): "nothing there"}}
+    answers(*(node(n) for n in range(1, 21)), **{f"n{n}": wrong for n in range(1, 21)})
+    with pytest.raises(ResourceError, match=r"20 of 20 nodes .*; and 15 more"):
+        nodes.check_nodes([str(tmp_path / "a")], [])
+
+
+@pytest.mark.parametrize("what", ["Python", "raysal"])
+def test_other_programs_on_a_node_are_refused_with_both_versions(answers: Callable[..., list[str]], tmp_path: Path, what: str) -> None:
+    answers(node(1), node(2), n2={what: "0.0.9"})
+    with pytest.raises(ResourceError, match=rf"1 of 2 nodes run another {what} than the {HERE[what]} of this process.*0\.0\.9"):
+        nodes.check_nodes([], [str(tmp_path)])
+
+
+def test_a_place_where_nothing_can_be_written_is_refused(answers: Callable[..., list[str]]) -> None:
+    answers(node(1), node(2))
+    with pytest.raises(InputError, match="can't be written"):
+        nodes.check_nodes([], ["/proc/nowhere/out"])
+
+
+def test_what_a_node_finds(tmp_path: Path) -> None:
+    look = nodes._look._function
+    (tmp_path / "a").write_text("four")
+    (tmp_path / f"{nodes.PROBE}1").write_text(f"{nodes.PROBE}1")
+    good = look({str(tmp_path / "a"): 4, str(tmp_path): 0}, {str(tmp_path): str(tmp_path / f"{nodes.PROBE}1")}, "0" * 8)
+    assert good == HERE and len(list(tmp_path.iterdir())) == 2
+    bad = look({str(tmp_path / "a"): 5, "/no/such": 1}, {"/out": str(tmp_path / "other/.raysal-probe-2")}, "0" * 8)
+    assert bad["wrong"] == {str(tmp_path / "a"): "another file there", "/no/such": "nothing there", "/out": "not the same storage"}
+
+
+# --- what the cluster has ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_node(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    def make(cpus: float) -> None:
+        monkeypatch.setattr(cluster.ray, "nodes", lambda: [node(1, cpus)])
+        monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": cpus})
+        monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node(1)["NodeID"]))
+
+    return make
+
+
+def test_what_a_jobs_own_process_holds_is_not_promised_to_work(one_node: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its workers would wait for a core that only the end of the job sets free."""
+    one_node(2.0)
+    cluster.check_training(ComputeConfig(train_workers=1))
+    monkeypatch.setenv(JOB_CPUS, "1")
+    with pytest.raises(ResourceError, match="the cluster has 1 besides the 1 of this job's own process"):
+        cluster.check_training(ComputeConfig(train_workers=1))
+    assert cluster.score_actors(ComputeConfig()) == 1
+    with pytest.raises(ResourceError, match="besides the 1"):
+        cluster.score_actors(ComputeConfig(score_actors=2))
+
+
+def test_an_autoscaler_is_asked_and_waited_for_and_released(one_node: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[dict]] = []
+    monkeypatch.setattr(cluster, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(cluster.time, "sleep", lambda _: one_node(8.0))
+    one_node(1.0)
+    cluster.check_training(ComputeConfig(train_workers=2, cpus_per_worker=3, grow_s=60))
+    assert asked == [[{"CPU": 3.0}, {"CPU": 3.0}], []]
+    one_node(1.0)
+    monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
+    with pytest.raises(ResourceError, match=r"waited 0\.05 s for more nodes"):
+        cluster.check_training(ComputeConfig(train_workers=2, cpus_per_worker=3, grow_s=0.05))
+    assert asked[-1] == []
