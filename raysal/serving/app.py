@@ -71,13 +71,13 @@ HEADERS = [
 ]
 
 
-def make_app(service: Service, tokens: Tokens, proxied: bool) -> Any:
+def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = False) -> Any:
     """The ASGI app.
 
     Args:
         service: What answers.
         tokens: Who may ask.
-        proxied: As in `raysal.serving.guard.Guard`.
+        proxied, echoed: As in `raysal.serving.guard.Guard`.
     """
     app = FastAPI(
         title="raysal",
@@ -95,7 +95,7 @@ def make_app(service: Service, tokens: Tokens, proxied: bool) -> Any:
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     digest: Callable[[], str] = lambda: service.model.digest if service.model else ""  # noqa: E731
     open_: Callable[[str], bool] = lambda path: path in OPEN or path.startswith(("/static/", "/examples/"))  # noqa: E731
-    return Guard(app, tokens, service.settings.limits, open_, proxied, digest, service.meters)
+    return Guard(app, tokens, service.settings.limits, open_, proxied, digest, service.meters, echoed)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:

@@ -51,7 +51,7 @@ class Endpoint:
         )(forward)
 
     def __serve_build_asgi_app__(self) -> object:
-        return make_app(self.service, self.tokens, proxied=behind_haproxy())
+        return make_app(self.service, self.tokens, proxied=behind_haproxy(), echoed=True)
 
     async def reconfigure(self, user_config: dict) -> None:
         """A hot swap.

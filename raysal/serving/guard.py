@@ -21,7 +21,7 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger("ray.serve")
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
 DEADLINE = "x-request-timeout-seconds"
 GONE = 499
 """What logs and metrics call the status of a client that did not wait for its answer."""
@@ -47,6 +47,7 @@ class Guard:
         proxied: Whether all clients seem to be on this machine, because a proxy there takes the connections.
         digest: Of the model in use, which every answer names.
         meters: Count what happened.
+        echoed: Whether the server in front puts the request's id on every answer itself, as Ray Serve does.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Guard:
         proxied: bool,
         digest: Callable[[], str],
         meters: Meters,
+        echoed: bool = False,
     ) -> None:
         self.app, self.tokens, self.limits, self.open, self.proxied = app, tokens, limits, open_, proxied
-        self.digest, self.meters, self.in_flight = digest, meters, 0
+        self.digest, self.meters, self.echoed, self.in_flight = digest, meters, echoed, 0
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -70,7 +72,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1003})
             return
         started, headers = time.perf_counter(), _headers(scope)
-        answer = _Answer(send, self._request_id(headers), self.digest)
+        answer = _Answer(send, self._request_id(headers), self.digest, self.echoed)
         scope["state"] = {**scope.get("state", {}), "request_id": answer.request_id}
         try:
             await self._serve(scope, headers, receive, answer)
@@ -188,15 +190,15 @@ class Guard:
 class _Answer:
     """What is sent, with the headers that every answer has."""
 
-    def __init__(self, send: Send, request_id: str, digest: Callable[[], str]) -> None:
-        self._send, self.request_id, self._digest = send, request_id, digest
+    def __init__(self, send: Send, request_id: str, digest: Callable[[], str], echoed: bool) -> None:
+        self._send, self.request_id, self._digest, self._echoed = send, request_id, digest, echoed
         self.status, self.reason, self.begun = 0, "", False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun, self.status = True, message["status"]
             own = {name for name, _ in message["headers"]}
-            more = SECURITY | {"x-request-id": self.request_id, "x-model-digest": self._digest()}
+            more = SECURITY | {"x-request-id": "" if self._echoed else self.request_id, "x-model-digest": self._digest()}
             message["headers"] = [*message["headers"], *((n.encode(), v.encode()) for n, v in more.items() if v and n.encode() not in own)]
         await self._send(message)
 

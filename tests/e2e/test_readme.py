@@ -77,6 +77,9 @@ def test_every_verb_and_option_shown_exists(page: Path, folder: Path) -> None:
             verb = f"serve {rest[0] if rest[0] in ('promote', 'ask') else 'run'}"
         done = run(f"raysal {verb} --help", folder)
         assert done.returncode == 0, f"{page.name} shows {line!r}: {done.stderr[-500:]}"
+        if verb == "submit":  # takes the options of the verb that it sends, too
+            done = run(f"raysal submit {rest[0]} --help && (raysal {rest[0]} --help || true)", folder)
+            assert done.returncode == 0, f"{page.name} shows {line!r}: {done.stderr[-500:]}"
         for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
             assert re.search(rf"{option}\b", done.stdout), f"{page.name} shows {line!r}, but raysal {verb} has no {option}"
 

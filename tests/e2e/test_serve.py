@@ -230,12 +230,11 @@ def test_it_keeps_to_its_own_description(running: Running) -> None:
             if mode == GenerationMode.NEGATIVE and operation.method.upper() == "GET":
                 continue  # it takes nothing that could be wrong
 
-            @given(case=operation.as_strategy(generation_mode=mode))
-            @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-            def ask(case: Any, path: str = operation.path) -> None:
-                asked[path, case.call_and_validate(checks=held, timeout=60).status_code] += 1
+            def ask(case: Any) -> None:
+                asked[case.operation.path, case.call_and_validate(checks=held, timeout=60).status_code] += 1
 
-            ask()
+            made = given(case=operation.as_strategy(generation_mode=mode))(ask)
+            settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))(made)()
     assert {path for path, _ in asked} == {operation.path for operation in operations}
     assert sum(n for (path, _), n in asked.items() if path == "/v1/masks") >= 25, asked
 
@@ -252,7 +251,10 @@ def test_each_number_on_the_dashboard_is_measured(running: Running) -> None:
     while not shown <= there and time.monotonic() < deadline:  # Ray gathers them every few seconds
         told = httpx.get(f"{running.dashboard}/api/prometheus/sd", headers={"Authorization": f"Bearer {token}"}, timeout=60).json()
         for target in {t for group in told for t in group["targets"]}:
-            there |= set(re.findall(r"^(ray_raysal_\w+)", httpx.get(f"http://{target}/metrics", timeout=60).text, re.MULTILINE))
+            try:
+                there |= set(re.findall(r"^(ray_raysal_\w+)", httpx.get(f"http://{target}/metrics", timeout=60).text, re.MULTILINE))
+            except httpx.TransportError:  # Ray names its autoscaler's, too, where there is none
+                continue
         time.sleep(1)
     assert shown <= there, shown - there
 
