@@ -157,7 +157,7 @@ def raw(host: str, port: int, good: bytes, rng: random.Random, count: int) -> It
     for accept in ("*/*;q=x", "text/html", ",,,;;;", "image/png;q=0", "a" * 5000):
         yield f"accept {accept[:12]!r}", sized(top + f"Accept: {accept}\r\n".encode(), good)
     for seconds in ("-1", "0", "nan", "inf", "1e400", "soon", "0.0001"):
-        yield f"deadline {seconds}", sized(top + f"X-Request-Timeout-Seconds: {seconds}\r\n".encode(), good)
+        yield f"deadline {seconds}", sized(top + f"X-Deadline-Seconds: {seconds}\r\n".encode(), good)
     for view in ("x", "index&view=colour", "%00", "../..", "a" * 5000):
         yield f"view {view[:12]!r}", sized(top.replace(b"/v1/masks", f"/v1/masks?view={view}".encode()), good)
     for method in ("GET", "PUT", "DELETE", "TRACE", "CONNECT", "PATCH", "BREW"):

@@ -22,7 +22,8 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 log = logging.getLogger("ray.serve")
 
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
-DEADLINE = "x-request-timeout-seconds"
+DEADLINE = "x-deadline-seconds"
+"""Not Serve's own x-request-timeout-seconds: its proxy answers that one itself, in plain text."""
 GONE = 499
 """What logs and metrics call the status of a client that did not wait for its answer."""
 
@@ -181,10 +182,16 @@ class Guard:
         route = scope.get("route")
         path = getattr(route, "path", None) or "other"  # not what the client wrote: metrics would grow with it
         self.meters.request(path, answer.status, seconds)
-        if answer.reason:
-            self.meters.refused(answer.reason)
-        about = {"request_id": answer.request_id, "method": scope["method"], "route": path, "status": answer.status}
-        log.info("%(method)s %(route)s %(status)s", about, extra={**about, "seconds": round(seconds, 4), "reason": answer.reason})
+        reason = answer.reason or scope["state"].get("reason", "")  # the guard's own, or that of a page
+        if reason:
+            self.meters.refused(reason)
+        about = {
+            "request_id": answer.request_id,
+            "method": scope["method"],
+            "path": path,
+            "status": answer.status,
+        }  # Serve's own route is the prefix
+        log.info("%(method)s %(path)s %(status)s", about, extra={**about, "seconds": round(seconds, 4), "reason": reason})
 
 
 class _Answer:

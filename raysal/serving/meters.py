@@ -27,6 +27,9 @@ class Meters:
     def model(self, digest: str, **about: str) -> None:
         """A model was taken into use."""
 
+    def beat(self) -> None:
+        """Now and then: tells again what stays as it is, as what was set once is forgotten once it was collected."""
+
 
 class ServeMeters(Meters):
     """Counts by Ray Serve's metrics, which carry the deployment and the replica."""
@@ -65,4 +68,8 @@ class ServeMeters(Meters):
         if self._used is not None:
             self._model.set(0, tags=self._used)
         self._used = {"digest": digest[:12], **about}
-        self._model.set(1, tags=self._used)
+        self.beat()
+
+    def beat(self) -> None:
+        if self._used is not None:
+            self._model.set(1, tags=self._used)

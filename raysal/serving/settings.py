@@ -25,7 +25,7 @@ class Limits(Section):
     max_bands: Positive = 4  # of an archive product (413)
     max_images: Positive = 16  # of one multipart request (413)
     upload_s: PositiveFloat = 30.0  # until the body is there (408), so that slow senders hold no place
-    deadline_s: PositiveFloat = 60.0  # from the body to the answer (408); a client may ask for less: X-Request-Timeout-Seconds
+    deadline_s: PositiveFloat = 60.0  # from the body to the answer (408); a client may ask for less: X-Deadline-Seconds
     in_flight: Positive = 16  # requests of one replica at once; more are turned away (429) and told when to come back
     held_pixels: Positive = 256 * 2**20  # decoded pixels of one replica at once; what comes after waits, so that memory is bounded
     retry_after_s: Positive = 2  # what a 429 or 503 tells the client

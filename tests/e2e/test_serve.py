@@ -267,7 +267,7 @@ def test_a_request_is_one_line_of_json_in_the_log_and_no_secret_is(running: Runn
     files = {Path(f.path) for p in processes("ServeReplica:raysal", running.process.pid) for f in p.open_files() if f.path.endswith(".log")}
     lines = [line for file in files if "serve" in file.parts for line in file.read_text().splitlines()]
     mine = [json.loads(line) for line in lines if request_id in line]
-    assert [(m["request_id"], m["route"], m["status"]) for m in mine] == [(request_id, "/v1/masks", 200)], mine
+    assert [(m["request_id"], m["path"], m["status"]) for m in mine] == [(request_id, "/v1/masks", 200)], mine
     assert mine[0]["seconds"] > 0
     assert not any(secret in file.read_text(errors="replace") for file in files)
 

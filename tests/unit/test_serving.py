@@ -208,7 +208,7 @@ def test_requests_that_make_no_sense_are_told_so(trained: Path) -> None:
             problem(await http.post("/v1/masks", content=content, headers={"content-type": "application/json"}), 400, "json")
         problem(await http.post("/v1/masks", content=body, headers={"accept": "text/html"}), 406, "accept")
         problem(await http.post("/v1/masks?view=xray", content=body), 400, "parameter")
-        problem(await http.post("/v1/masks", content=body, headers={"x-request-timeout-seconds": "soon"}), 400, "header")
+        problem(await http.post("/v1/masks", content=body, headers={"x-deadline-seconds": "soon"}), 400, "header")
         problem(await http.post("/v1/masks", files=[("image", ("a.png", body))] * 17), 413, "images")
         problem(await http.get("/v1/masks"), 405, "http")
         problem(await http.get("/nowhere"), 404, "http")

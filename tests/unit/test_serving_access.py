@@ -128,7 +128,7 @@ def test_a_deadline_ends_the_work_and_frees_its_place(trained: Path) -> None:
             return await asyncio.Event().wait()
 
         real, service.batched = service.batched, never  # type: ignore[assignment]
-        problem(await http.post("/v1/masks", content=encoded(SCENE), headers={"x-request-timeout-seconds": "0.2"}), 408, "deadline")
+        problem(await http.post("/v1/masks", content=encoded(SCENE), headers={"x-deadline-seconds": "0.2"}), 408, "deadline")
         assert works[0].stop.is_set()
         service.batched = real
         assert (await http.post("/v1/masks", content=encoded(SCENE))).status_code == 200
