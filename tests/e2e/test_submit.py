@@ -205,6 +205,4 @@ def test_a_run_whose_storage_a_node_does_not_see_is_refused_before_it_starts(clu
     refused = cluster.submit(*label, "--out", "memory://only/here")  # each process has a memory of its own
     assert refused.returncode == 2 and "2 of 2 nodes can't write to memory:" in refused.stdout, refused.stdout[-3000:]
     assert "not the same storage" in refused.stdout and "s3://BUCKET" in refused.stdout
-    good = cluster.submit(*label, "--out", cluster.root / "two-nodes")
-    assert good.returncode == 0 and f"{IMAGES} ok" in good.stdout, good.stdout[-3000:] + good.stderr
     assert not list(cluster.root.rglob(".raysal-probe-*"))
