@@ -44,7 +44,7 @@ def fetch_image(uri: str, max_bytes: int, max_seconds: float = 120.0) -> bytes:
 
         def read() -> bytes:
             left = deadline - time.monotonic()
-            if isinstance(fs, AsyncFileSystem) and not fs.asynchronous:
+            if isinstance(fs, AsyncFileSystem) and fs.async_impl and not fs.asynchronous:
                 data: bytes = fsspec.asyn.sync(fs.loop, _read_async, fs, path, max_bytes + 1, timeout=left)
                 return data
             return _read_pieces(fs, path, max_bytes + 1, deadline)

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+DASHBOARD = "http://127.0.0.1:8265"
+"""Address of Ray's dashboard on this machine, or at the near end of an SSH tunnel."""
+
 Set = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config value, for example --set train.steps=200. Repeatable.")
 ]

@@ -13,14 +13,12 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from raysal.cli.options import Json
+from raysal.cli.options import DASHBOARD, Json
 from raysal.cli.tokens import authenticated
 from raysal.errors import ConfigError
 from raysal.progress import Ui
 
 Made = TypeVar("Made")
-
-DASHBOARD = "http://127.0.0.1:8265"
 
 Precision = Annotated[
     float | None, typer.Option(help="Pixels abstain (255) unless their class, at their confidence, was right that often on val.")

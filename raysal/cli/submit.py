@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raysal.cli.options import Json
+from raysal.cli.options import DASHBOARD, Json
 from raysal.cli.tokens import authenticated
 from raysal.errors import InputError
 from raysal.jobs.submission import VERBS, submission
@@ -17,8 +17,6 @@ from raysal.progress import Ui
 
 if TYPE_CHECKING:
     from raysal.jobs.cluster import JobDetails, Jobs
-
-DASHBOARD = "http://127.0.0.1:8265"
 
 INTERRUPTED = 130
 """Exit code of a command that was left with Ctrl-C."""

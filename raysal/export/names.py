@@ -45,9 +45,7 @@ class Names:
         self.below = None if below is None else parts_of(below)
         self._given = below
         self._shared: list[str] | None = None
-        self._seen = sqlite3.connect("")  # a file of the operating system's temporary folder, gone with the process
-        self._seen.execute("PRAGMA journal_mode=OFF")
-        self._seen.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID")
+        self._seen = temporary_database("seen (key BLOB PRIMARY KEY, n INTEGER NOT NULL)")
 
     def __enter__(self) -> Names:
         return self
@@ -150,6 +148,14 @@ def _equal(a: list[str], b: list[str]) -> int:
 
 def _digest(kind: bytes, text: str) -> bytes:
     return kind + hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def temporary_database(table: str) -> sqlite3.Connection:
+    """One with one table, in a file of the operating system's temporary folder that is gone with the process."""
+    database = sqlite3.connect("")
+    database.execute("PRAGMA journal_mode=OFF")
+    database.execute(f"CREATE TABLE {table} WITHOUT ROWID")
+    return database
 
 
 @contextlib.contextmanager

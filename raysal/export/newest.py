@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raysal.export.names import database_errors
+from raysal.export.names import database_errors, temporary_database
 
 
 class Newest:
@@ -21,9 +20,7 @@ class Newest:
 
     def __init__(self) -> None:
         self._superseded = False
-        self._seen = sqlite3.connect("")
-        self._seen.execute("PRAGMA journal_mode=OFF")
-        self._seen.execute("CREATE TABLE newest (uri BLOB PRIMARY KEY, id TEXT NOT NULL, time INTEGER NOT NULL) WITHOUT ROWID")
+        self._seen = temporary_database("newest (uri BLOB PRIMARY KEY, id TEXT NOT NULL, time INTEGER NOT NULL)")
 
     def __enter__(self) -> Newest:
         return self

@@ -185,12 +185,8 @@ class Guard:
         reason = answer.reason or scope["state"].get("reason", "")  # the guard's own, or that of a page
         if reason:
             self.meters.refused(reason)
-        about = {
-            "request_id": answer.request_id,
-            "method": scope["method"],
-            "path": path,
-            "status": answer.status,
-        }  # Serve's own route is the prefix
+        # Not "route": under that name Serve's log has the application's prefix.
+        about = {"request_id": answer.request_id, "method": scope["method"], "path": path, "status": answer.status}
         log.info("%(method)s %(path)s %(status)s", about, extra={**about, "seconds": round(seconds, 4), "reason": reason})
 
 

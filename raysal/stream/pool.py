@@ -141,7 +141,8 @@ def run_pool(
     """
     started = time.perf_counter()
     job = prepare(worker, manifest, checkpoint_uri, out_uri, schema, cfg, class_bonus)
-    # Looked at before it is claimed: who finds nothing to do takes nothing from a run that is at work there.
+    # Looked at before it is claimed: who finds a finished output and nothing to do changes nothing. Without the marker nobody can tell
+    # a run that died before its end from one that is at work, so such an output is claimed, and the older run gives up.
     whole, token = job.output.mine(replace) and finished_by(out_uri) is not None, None
     held = job.output.read() if whole else EMPTY
     missing, there = job.missing(held, retry_failed)

@@ -154,7 +154,7 @@ def test_a_watch_asks_again_for_what_could_not_be_fetched(
     assert [look.counts["fetch"] for look in found] == [1, 1, 0] and found[-1].counts["decode"] == 1
 
 
-def test_who_finds_nothing_to_do_takes_nothing_from_a_run_that_works(model: str, site: Path, tmp_path: Path) -> None:
+def test_who_finds_a_finished_output_and_nothing_to_do_does_not_claim_it(model: str, site: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
     label_pool(open_manifest(str(site)), model, str(out), configured())
     owner = (out / RUN).read_bytes()
