@@ -138,12 +138,12 @@ def check_training(compute: ComputeConfig) -> None:
     if compute.train_workers == 0:
         return
     bundle = {"CPU": compute.cpus_per_worker} | ({"GPU": 1.0} if compute.use_gpu else {})
-    if lack := _waited(compute, bundle, compute.train_workers, lambda: _lacks_for_training(compute)):
+    if lack := _waited(compute, bundle, compute.min_workers or compute.train_workers, lambda: _lacks_for_training(compute)):
         raise ResourceError(lack)
 
 
 def _lacks_for_training(compute: ComputeConfig) -> str:
-    workers = compute.train_workers
+    workers = compute.min_workers or compute.train_workers
     cpus, gpus = _cpus(), ray.cluster_resources().get("GPU", 0)
     have, need = sum(cpus), workers * compute.cpus_per_worker + INGEST_CPUS
     fit = sum(int(room // compute.cpus_per_worker) for room in cpus)
