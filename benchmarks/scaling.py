@@ -90,9 +90,9 @@ def main() -> None:
         Claim("training, images a second by 2 workers / twice those of 1", median_ratio(list(one_s), list(two_s)), 0.90, "higher", "x"),
         Claim("scoring, images a second by 2 actors / twice those of 1", median_ratio(list(two), list(one)) / 2, 0.95, "higher", "x"),
     ]
+    each = {kind: ", ".join("({:.3g}, {:.3g})".format(*pair) for pair in pairs) for kind, pairs in times.items()}
     notes = (
-        f"{ENCODER}, {px} px, one thread a worker. Seconds a step (1, 2 workers): {[tuple(round(t, 3) for t in p) for p in times['train']]}; "
-        f"images/s (1, 2 actors): {[tuple(round(t, 2) for t in p) for p in times['score']]}."
+        f"{ENCODER}, {px} px, one thread a worker. Seconds a step (1, 2 workers): {each['train']}; images/s (1, 2 actors): {each['score']}."
     )
     write("scaling", "Two workers on two cores against one on one", claims, args.out, notes)
 
