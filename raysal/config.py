@@ -210,8 +210,7 @@ class RuntimeConfig(Section):
 class LabelConfig(Section):
     """How an archive's masks are made."""
 
-    # Pixels of which val does not promise this share of right ones, by class, abstain (255); null keeps all.
-    precision: Annotated[float, Field(gt=0, lt=1)] | None = None
+    precision: Annotated[float, Field(gt=0, lt=1)] | None = None  # share right that val promises, by class; other pixels are 255; null: off
 
 
 class QueryConfig(Section):
@@ -270,6 +269,7 @@ class ComputeConfig(Section):
     ingest_tasks: Count = 0  # tasks that decode unlabelled images at once; 0: a quarter of the cluster's logical CPUs
     grow_s: NonNegative = 0.0  # seconds to wait for an autoscaler to bring what a run needs; 600 where nodes come and go
     asynchronous_upload: bool = True  # train workers upload checkpoints while training goes on
+    log_json: bool = False  # what a command says, and Ray's logs, as JSON lines with run and job ids; on where machines gather logs
 
     @model_validator(mode="after")
     def _elastic(self) -> ComputeConfig:

@@ -29,6 +29,7 @@ from raysal.archive.uris import absolute, exists, join, open_fs, read_bytes, rem
 from raysal.config import Config
 from raysal.errors import RaysalError
 from raysal.model.encoder_weights import is_file
+from raysal.telemetry.meters import Meters, metered
 from raysal.train import saved
 from raysal.train.feeds import Draws, UnlabeledBatch, block_draws, check_share, most
 from raysal.train.logs import Log, read_log
@@ -78,7 +79,7 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
     _drop_broken(folder)
     if (weights := plan.cfg.model.encoder_weights) is not None and is_file(weights):
         plan = dataclasses.replace(plan, weights=absolute(weights))
-    with cluster.data_context(ordered=True), _watch(plan.cfg, folder, on_progress):
+    with cluster.data_context(ordered=True), metered(folder) as meters, _watch(plan.cfg, folder, meters, on_progress):
         try:
             _trainer(plan, folder).fit()
         except ray.train.TrainingFailedError as error:
@@ -311,10 +312,10 @@ def _root_cause(error: BaseException) -> str:
 
 
 class _watch:
-    """Reports progress from metrics.jsonl while the training runs elsewhere."""
+    """Tells of the training, which runs elsewhere, what its metrics.jsonl says."""
 
-    def __init__(self, cfg: Config, folder: str, on_progress: OnProgress | None) -> None:
-        self.cfg, self.folder, self.on_progress, self._done = cfg, folder, on_progress, threading.Event()
+    def __init__(self, cfg: Config, folder: str, meters: Meters, on_progress: OnProgress | None) -> None:
+        self.cfg, self.folder, self.meters, self.on_progress, self._done = cfg, folder, meters, on_progress, threading.Event()
 
     def __enter__(self) -> None:
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -325,9 +326,12 @@ class _watch:
         self._thread.join()
 
     def _poll(self) -> None:
-        seen = -1
-        while self.on_progress is not None and not self._done.wait(1.0):
-            records = [r for r in read_log(self.folder) if "loss" in r]
-            if records and records[-1]["step"] != seen:
-                seen = records[-1]["step"]
-                self.on_progress(seen, self.cfg.train.steps, records[-1])
+        seen, ended = -1, False
+        while not ended:
+            ended = self._done.wait(1.0)
+            newest = {kind: record for record in read_log(self.folder) for kind in ("loss", "eval") if kind in record}
+            for record in newest.values():
+                self.meters.train(record, self.cfg.train.steps)
+            if self.on_progress is not None and "loss" in newest and newest["loss"]["step"] != seen:
+                seen = newest["loss"]["step"]
+                self.on_progress(seen, self.cfg.train.steps, newest["loss"])
