@@ -1,5 +1,5 @@
-"""A Ray cluster of several machines on this one: each is a network namespace on a bridge, with a Ray node, temporary files and resources of
-its own. Needs root, iproute2, and a kernel that lets namespaces be made.
+"""A Ray cluster of several machines on this one: each is a network namespace on a bridge, with a Ray node, processes, temporary files and
+resources of its own. Needs root, iproute2, and a kernel that lets namespaces be made.
 
     python tests/e2e/machines.py up FOLDER --nodes 3     # prints how to reach it
     python tests/e2e/machines.py down FOLDER
@@ -149,7 +149,9 @@ class Machines:
         else:
             node += [f"--address={self.address(0)}:{GCS}", f"--num-cpus={self.cpus if cpus is None else cpus}"]
         views = [f"mount --bind {mine / 'ray'} /tmp/ray", *(f"mount -t tmpfs tmpfs {folder}" for folder in without)]
-        command = ["ip", "netns", "exec", f"{self.name}-{machine}", "sh", "-c", " && ".join([*views, f"exec {' '.join(node)}"])]
+        # Processes of its own too: Ray's drivers look through them for the raylet that they belong to.
+        command = ["ip", "netns", "exec", f"{self.name}-{machine}", "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        command += ["sh", "-c", " && ".join([*views, f"exec {' '.join(node)}"])]
         with open(self.folder / f"machine-{machine}.log", "a") as said:
             subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=self.environment(), start_new_session=True)
 
