@@ -119,9 +119,7 @@ class Machines:
         for machine in range(nodes):
             self.make(machine)
             self.start(machine)
-            if machine == 0:
-                self.wait(1)
-        self.wait(nodes)
+            self.wait(machine + 1)  # one after the other: Ray gives up on a node that is slow to start
 
     def make(self, machine: int) -> None:
         """A network namespace with one interface on the bridge."""
