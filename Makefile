@@ -55,8 +55,8 @@ demo: $(STAMP) ## the whole loop on synthetic Mars scenes, ending with a report 
 
 test: $(STAMP) ## every test
 ifeq ($(strip $(ARGS)),)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto # a process a core
-	@$(BIN)/python -m pytest tests/e2e tests/ray -n 2 --dist loadfile --no-loadscope-reorder # the longest files first
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto --durations=15 # a process a core
+	@$(BIN)/python -m pytest tests/e2e tests/ray -n 2 --dist loadfile --no-loadscope-reorder --durations=30 # the longest files first
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

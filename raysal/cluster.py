@@ -39,14 +39,16 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     # Ray's C++ side reports harmless things as errors, for example the arguments of every pool of actors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = compute.address or os.environ.get("RAY_ADDRESS")
+    logs = ray.LoggingConfig("JSON", "WARNING") if compute.log_json else None
     try:
         if address:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+            ray.init(address=address, logging_level=logging.WARNING, logging_config=logs, log_to_driver=False)
         else:
             start_here(
                 num_cpus=compute.local_cpus or 2 * (os.cpu_count() or 1),
                 include_dashboard=False,
                 logging_level=logging.WARNING,
+                logging_config=logs,
                 log_to_driver=bool(os.environ.get("RAYSAL_WORKER_LOGS")),
                 object_store_memory=_object_store_bytes(),
             )
@@ -138,12 +140,12 @@ def check_training(compute: ComputeConfig) -> None:
     if compute.train_workers == 0:
         return
     bundle = {"CPU": compute.cpus_per_worker} | ({"GPU": 1.0} if compute.use_gpu else {})
-    if lack := _waited(compute, bundle, compute.train_workers, lambda: _lacks_for_training(compute)):
+    if lack := _waited(compute, bundle, compute.min_workers or compute.train_workers, lambda: _lacks_for_training(compute)):
         raise ResourceError(lack)
 
 
 def _lacks_for_training(compute: ComputeConfig) -> str:
-    workers = compute.train_workers
+    workers = compute.min_workers or compute.train_workers
     cpus, gpus = _cpus(), ray.cluster_resources().get("GPU", 0)
     have, need = sum(cpus), workers * compute.cpus_per_worker + INGEST_CPUS
     fit = sum(int(room // compute.cpus_per_worker) for room in cpus)

@@ -210,8 +210,7 @@ class RuntimeConfig(Section):
 class LabelConfig(Section):
     """How an archive's masks are made."""
 
-    # Pixels of which val does not promise this share of right ones, by class, abstain (255); null keeps all.
-    precision: Annotated[float, Field(gt=0, lt=1)] | None = None
+    precision: Annotated[float, Field(gt=0, lt=1)] | None = None  # share right that val promises, by class; other pixels are 255; null: off
 
 
 class QueryConfig(Section):
@@ -257,6 +256,8 @@ class ComputeConfig(Section):
     address: str | None = None  # Ray cluster; null: start Ray on this machine
     local_cpus: Positive | None = None  # logical CPUs of a local Ray; null: twice the cores (ingest mostly waits)
     train_workers: Count = 1  # 0: in this process; more than 1: DDP
+    min_workers: Count = 0  # train with any number from this to train_workers, as nodes come and go; 0: always with train_workers
+    resize_every_s: PositiveFloat = 60.0  # with min_workers: how often to look for more nodes; each change goes back to the last checkpoint
     cpus_per_worker: PositiveFloat = 1.0  # logical CPUs that Ray books for a train worker; raise it with loader_workers
     use_gpu: bool = False  # one GPU per train worker and per score actor
     threads: Count = 0  # torch threads per train worker; 0: the node's cores / workers
@@ -268,6 +269,13 @@ class ComputeConfig(Section):
     ingest_tasks: Count = 0  # tasks that decode unlabelled images at once; 0: a quarter of the cluster's logical CPUs
     grow_s: NonNegative = 0.0  # seconds to wait for an autoscaler to bring what a run needs; 600 where nodes come and go
     asynchronous_upload: bool = True  # train workers upload checkpoints while training goes on
+    log_json: bool = False  # what a command says, and Ray's logs, as JSON lines with run and job ids; on where machines gather logs
+
+    @model_validator(mode="after")
+    def _elastic(self) -> ComputeConfig:
+        if self.min_workers > self.train_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, at most train_workers ({self.train_workers})")
+        return self
 
 
 class Config(Section):

@@ -1,17 +1,19 @@
-"""What a person sees while long work runs: bars on a terminal, plain lines elsewhere; JSON on stdout when asked."""
+"""What a person sees while long work runs: bars on a terminal, plain lines elsewhere, JSON lines or results where machines read."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raysal.archive.uris import absolute
 from raysal.config import Config
 from raysal.words import duration
 
@@ -37,15 +39,29 @@ PLAIN_EVERY_S = 10.0
 
 
 class Ui:
-    """Progress and results of one command. Logs and bars go to stderr, results to stdout."""
+    """Progress and results of one command. Logs and bars go to stderr, results to stdout.
 
-    def __init__(self, as_json: bool) -> None:
-        self.as_json, self.console, self.out = as_json, Console(stderr=True), Console()
-        self.live = self.console.is_terminal
+    Args:
+        as_json: Results for machines.
+        log: Takes all that is said, where that is for machines too.
+    """
+
+    def __init__(self, as_json: bool, log: logging.Logger | None = None) -> None:
+        self.as_json, self.log, self.console, self.out = as_json, log, Console(stderr=True), Console()
+        self.live = self.console.is_terminal and log is None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._title, self._said = "images", 0.0
         self._began, self._done = time.monotonic(), 0
+
+    @classmethod
+    def of(cls, as_json: bool, cfg: Config, folder: str | None = None) -> Ui:
+        """As a configuration wants it, for a command that writes to a folder; None: to the configuration's `run`."""
+        if not cfg.compute.log_json:
+            return cls(as_json)
+        from raysal.telemetry.lines import json_lines
+
+        return cls(as_json, json_lines(absolute(folder or cfg.run)))
 
     def __enter__(self) -> Ui:
         if self.live:
@@ -68,11 +84,18 @@ class Ui:
 
         return Watcher(on_stage=self.stage, on_progress=self.progress, on_round=self.round, on_warning=self.warning)
 
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)  # what is to be copied stays in one line
+    def say(self, text: str, fields: Mapping[str, Any] | None = None) -> None:
+        """A line; of its numbers a JSON line has fields."""
+        if self.log is not None:
+            self.log.info(text.strip(), extra={"fields": fields or {}})
+        else:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)  # what is to be copied stays in one line
 
     def warning(self, text: str) -> None:
-        self.say(f"warning: {text}")
+        if self.log is not None:
+            self.log.warning(text)
+        else:
+            self.say(f"warning: {text}")
 
     def stage(self, round_: int | None, name: str, what: str, seconds: float) -> None:
         words = WORDS.get(name, name)
@@ -84,7 +107,7 @@ class Ui:
         if what == "start" and not self.live:
             self.say(self._title)
         elif what == "done":
-            self.say(f"{self._title} - {seconds:.0f} s")
+            self.say(f"{self._title} - {seconds:.0f} s", {"round": round_, "stage": name, "seconds": seconds})
         elif what == "kept":
             self.say(f"{self._title} - done before")
 
@@ -105,16 +128,20 @@ class Ui:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._said >= PLAIN_EVERY_S or (done == total and self._said):
             self._said = time.monotonic()
-            self.say((f"  {done}" if total is None else f"  {done}/{total}") + (f"  {note}" if note else ""))
+            text = (f"  {done}" if total is None else f"  {done}/{total}") + (f"  {note}" if note else "")
+            self.say(text, {"doing": self._title, "done": done, "total": total, **numbers})
 
     def round(self, metrics: dict) -> None:
         value = "-" if metrics["miou"] is None else f"{metrics['miou']:.3f}"
-        self.say(f"round {metrics['round']}: {metrics['labels']} labels, val mIoU {value}")
+        text = f"round {metrics['round']}: {metrics['labels']} labels, val mIoU {value}"
+        self.say(text, {name: metrics[name] for name in ("round", "labels", "miou")})
 
     def result(self, value: dict, text: str | Callable[[], Any]) -> None:
         """The result: JSON, or text for people."""
         if self.as_json:
             print(json.dumps(value), flush=True)
+        elif self.log is not None:
+            self.say("result" if callable(text) else text, {"result": value})
         elif callable(text):
             text()
         else:
@@ -147,6 +174,15 @@ class Ui:
             self.out.print(
                 f"  audit  mIoU of the masks {interval(outcome.audit)} (95%), from {outcome.audit['images']} random labels", highlight=False
             )
+
+
+def failed(error: Exception) -> None:
+    """Says why a command failed, as it said all else."""
+    log = logging.getLogger("raysal")
+    if log.handlers:
+        log.error("%s", error)
+    else:
+        print(f"raysal: {error}", file=sys.stderr)
 
 
 def interval(estimate: dict) -> str:

@@ -15,7 +15,7 @@ from raysal.cli.archive import index
 from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set
 from raysal.config import Config, load
 from raysal.errors import ConfigError, RaysalError
-from raysal.progress import Ui, audited, measured, number
+from raysal.progress import Ui, audited, failed, measured, number
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,8 +72,8 @@ def train(
     from raysal.cluster import connected
     from raysal.rounds.single import train_once
 
-    cfg, ui = load(config, set_), _ui(json_)
-    with ui, connected(cfg.compute):
+    cfg = load(config, set_)
+    with Ui.of(json_, cfg) as ui, connected(cfg.compute):
         result = train_once(cfg, labels, ui.watcher())
     ui.result(result, f"checkpoint {result['checkpoint']}\nval mIoU {number(result['miou'])}")
 
@@ -96,8 +96,8 @@ def evaluate(
     """
     from raysal.rounds.single import evaluate_checkpoint
 
-    cfg, ui = _of_folder(dataset, reader, config, set_), _ui(json_)
-    with ui:
+    cfg = _of_folder(dataset, reader, config, set_)
+    with Ui.of(json_, cfg, checkpoint) as ui:
         result = evaluate_checkpoint(checkpoint, cfg, split, ui.progress)
     ui.result(result, lambda: print(measured(result), flush=True))
 
@@ -128,8 +128,8 @@ def audit(
     from raysal.rounds.ledger import write_json
     from raysal.rounds.single import audit_labels
 
-    cfg, ui = _of_folder(dataset, reader, config, set_), _ui(json_)
-    with ui:
+    cfg = _of_folder(dataset, reader, config, set_)
+    with Ui.of(json_, cfg, labels) as ui:
         result = audit_labels(labels, checkpoint, cfg, images, learnt, ask, ui.progress)
     if ask:
         ui.result(result, f"{ask}: {len(result['images'])} images to label; then run the same command without --ask")
@@ -165,8 +165,8 @@ def score(
     from raysal.stream.archive import open_manifest
     from raysal.stream.score import score_forecast, score_pool
 
-    cfg, ui = load(config, set_), _ui(json_)
-    table = open_manifest(manifest)
+    cfg = load(config, set_)
+    ui, table = Ui.of(json_, cfg, out), open_manifest(manifest)
     if dry_run:
         found = score_forecast(table, checkpoint, out, cfg, retry_failed, replace)
         return ui.result(found.to_dict(), str(found))
@@ -199,7 +199,8 @@ def label(
     from raysal.stream.label import label_forecast
 
     asked = [f"label.precision={precision}"] if precision is not None else []
-    cfg, ui = load(config, [*asked, *set_]), _ui(json_)
+    cfg = load(config, [*asked, *set_])
+    ui = Ui.of(json_, cfg, out)
     if dry_run:
         found = label_forecast(open_manifest(manifest), checkpoint, out, cfg, retry_failed, replace)
         return ui.result(found.to_dict(), str(found))
@@ -238,7 +239,8 @@ def query(
     from raysal.rounds.single import query_scores
 
     asked = [f"query.strategy={json.dumps(strategy)}"] if strategy is not None else []
-    cfg, ui = load(config, [*asked, *set_]), _ui(json_)
+    cfg = load(config, [*asked, *set_])
+    ui = Ui.of(json_, cfg, out)
     rows = query_scores(scores, cfg, budget, out, labeled, manifest)
     text = "\n".join(f"{r['rank']:>5}  {number(r['score'])}  {r['uri']}" for r in rows[:20])
     more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
@@ -260,8 +262,7 @@ def synth(
     """
     from raysal.datasets.synthetic import write_archive
 
-    ui = _ui(json_)
-    with ui:
+    with Ui(json_) as ui:
         ui.stage(None, "synth", "start", 0)
         write_archive(out, images, val_images, size, seed, progress=lambda done, total: ui.progress(done, total, {}))
     ui.result({"archive": out, "images": images, "val_images": val_images}, f"archive {out}: {images} + {val_images} scenes of {size} px")
@@ -289,8 +290,7 @@ def export(
     """
     from raysal.export.run import export_labels
 
-    ui = _ui(json_)
-    with ui:
+    with Ui(json_) as ui:
         ui.stage(None, "export", "start", 0)
         summary = export_labels(
             labels, format_, out, classes=classes, only=only, below=below, image_root=image_root, with_images=with_images,
@@ -316,8 +316,7 @@ def report(
     """
     from raysal.report import build
 
-    ui = _ui(json_)
-    with ui:
+    with Ui(json_) as ui:
         ui.stage(None, "report", "start", 0)
         page = build(folder, manifest, out, lambda done, total: ui.progress(done, total, {}))
     ui.result({"report": page}, f"report {page}")
@@ -338,7 +337,7 @@ def main(*verb: str) -> None:
     try:
         app([*verb, *sys.argv[1:]])
     except RaysalError as error:
-        print(f"raysal: {error}", file=sys.stderr)
+        failed(error)
         sys.exit(error.exit_code)
 
 
@@ -356,8 +355,7 @@ def _run_loop(cfg: Config, as_json: bool) -> None:
     from raysal.report import build
     from raysal.rounds.loop import run_loop
 
-    ui = _ui(as_json)
-    with ui, connected(cfg.compute):
+    with Ui.of(as_json, cfg) as ui, connected(cfg.compute):
         outcome = run_loop(cfg, ui.watcher())
         page = build(outcome.run)
     result = {
@@ -375,14 +373,9 @@ def _run_loop(cfg: Config, as_json: bool) -> None:
 def _dry_run(cfg: Config, as_json: bool) -> None:
     from raysal.rounds.estimate import estimate
 
-    ui = _ui(as_json)
-    with ui:
+    with Ui.of(as_json, cfg) as ui:
         plan = estimate(cfg)
     ui.result(plan.to_dict(), plan.text())
-
-
-def _ui(as_json: bool) -> Ui:
-    return Ui(as_json)
 
 
 def _quiet() -> None:

@@ -38,6 +38,7 @@ from raysal.stream.job import Job, among, prepare
 from raysal.stream.manifest import Manifest, missing_rows
 from raysal.stream.output import EMPTY, SUCCESS, keys
 from raysal.stream.worker import STATUSES, PoolWorker, Task
+from raysal.telemetry.meters import Meters, metered
 
 BLOCKS_PER_ACTOR = 16
 """Blocks each actor gets: enough that all finish together and a death costs little, few enough that shards are not dust."""
@@ -211,21 +212,23 @@ def _work(
     """Does the missing images of a manifest, here or on Ray. Returns the cores that were kept busy."""
     compute, todo = task.cfg.compute, int(missing.sum())
     here = todo <= compute.in_process and not _elsewhere(compute)
-    with contextlib.nullcontext() if here else connected(compute):
+    with contextlib.nullcontext() if here else connected(compute), metered(task.out_uri) as meters:
+        meters.model(task.model_digest, str(task.runtime))
+        tally = _Tally(todo, on_progress, meters)
         actors = 1 if here else score_actors(compute)
         rows = rows_per_shard or min(LARGEST_BLOCK, max(task.cfg.score.batch_size, math.ceil(todo / (actors * BLOCKS_PER_ACTOR))))
         actors = min(actors, math.ceil(todo / rows))
         task = dataclasses.replace(task, threads=max(1, (os.cpu_count() or 1 if here else _cores()) // actors))
         if here:
-            _work_here(kept, worker, missing_rows(manifest, missing), task, rows, on_progress)
+            _work_here(kept, worker, missing_rows(manifest, missing), task, rows, tally)
         else:
-            _stream(worker, lambda: _blocks(manifest, missing, there, rows), task, rows, actors, todo, on_progress)
+            _stream(worker, lambda: _blocks(manifest, missing, there, rows), task, rows, actors, tally)
     return actors * task.threads
 
 
-def _work_here(kept: Kept, worker: type[PoolWorker], images: pa.Table, task: Task, rows: int, on_progress: Progress | None) -> None:
+def _work_here(kept: Kept, worker: type[PoolWorker], images: pa.Table, task: Task, rows: int, tally: _Tally) -> None:
     """A few images in this process, by the worker that actors would be."""
-    tally, threads = _Tally(images.num_rows, on_progress), torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(task.threads)
     try:
         work = kept.worker(worker, task)
@@ -235,17 +238,9 @@ def _work_here(kept: Kept, worker: type[PoolWorker], images: pa.Table, task: Tas
         torch.set_num_threads(threads)
 
 
-def _stream(
-    worker: type[PoolWorker],
-    blocks: Callable[[], Dataset],
-    task: Task,
-    rows: int,
-    actors: int,
-    todo: int,
-    on_progress: Progress | None,
-) -> None:
+def _stream(worker: type[PoolWorker], blocks: Callable[[], Dataset], task: Task, rows: int, actors: int, tally: _Tally) -> None:
     """Sends blocks through the actors and counts receipts. Raises RaysalError where images and rows don't come out even."""
-    tally, compute = _Tally(todo, on_progress), task.cfg.compute
+    compute = task.cfg.compute
     with _as_raysal_errors(), data_context():
         DataContext.get_current().raise_original_map_exception = True  # not a wrapper that loses its cause on the way
         receipts = blocks().map_batches(  # made here: a data set keeps the context it was made in
@@ -262,23 +257,28 @@ def _stream(
         with contextlib.closing(batches):
             for batch in batches:
                 tally.add(batch)
-    if tally.counts.total() != todo:
-        raise RaysalError(f"{task.out_uri}: {todo} images went in and {tally.counts.total()} rows came out; run the same command again")
+    if tally.counts.total() != tally.todo:
+        raise RaysalError(
+            f"{task.out_uri}: {tally.todo} images went in and {tally.counts.total()} rows came out; run the same command again"
+        )
 
 
 class _Tally:
     """Adds up receipts and tells of them."""
 
-    def __init__(self, todo: int, on_progress: Progress | None) -> None:
-        self.todo, self.on_progress = todo, on_progress
+    def __init__(self, todo: int, on_progress: Progress | None, meters: Meters) -> None:
+        self.todo, self.on_progress, self.meters = todo, on_progress, meters
         self.counts = Counter({status: 0 for status in STATUSES})
+        meters.rows({}, todo)
 
     def add(self, receipts: pa.Table) -> None:
         """Raises the error that a receipt carries."""
         for receipt in receipts.to_pylist():
             if "error" in receipt:
                 raise getattr(errors, receipt["error"], RaysalError)(receipt["message"])
-            self.counts.update({status: receipt[status] for status in STATUSES})
+            new = {status: receipt[status] for status in STATUSES}
+            self.counts.update(new)
+            self.meters.rows(new, self.todo - self.counts.total())
             if self.on_progress is not None:
                 self.on_progress(self.counts.total(), self.todo, dict(self.counts))
 

@@ -71,36 +71,55 @@ class Draws(TorchDataset):
             return None
 
 
-def draw_at(row: int, first_step: int, batch: int, world: int, steps_per_block: int) -> int:
-    """Which draw a row of the unlabelled stream is.
+def span(total: int, rank: int, world: int) -> range:
+    """Places of one rank's share of ``total``: contiguous, and where it does not divide, shares differ by one."""
+    return range(total * rank // world, total * (rank + 1) // world)
+
+
+def most(total: int, world: int) -> int:
+    """The largest share of any rank."""
+    return -(-total // world)
+
+
+def block_draws(
+    block: int, blocks: int, first_step: int, end_step: int, batch: int, unit: int, world: int, steps_per_block: int
+) -> list[int]:
+    """Draws of one block of the unlabelled stream.
 
     Blocks go to the ranks in turn, and a block is some steps of one rank. So that a step is the same images on any number of workers,
-    each rank's share of it is contiguous, as with labelled images.
+    each rank's share of it is contiguous, as with labelled images. All steps of a block have room for the largest share; a draw of
+    -1 is room that is not taken, as the splitter deals equal blocks.
 
     Args:
-        row: Number of the row, from 0.
+        block: Number of the block, from 0.
+        blocks: How many there are; those that don't go round are empty.
         first_step: Step that the stream starts with.
+        end_step: Steps of the schedule; later ones are left out.
         batch: Draws of a step over all ranks.
+        unit: Draws that stay together: 2 where pairs are mixed.
         world: Ranks.
         steps_per_block: Steps in a block.
     """
-    share = batch // world
-    block, place = divmod(row, steps_per_block * share)
-    step = first_step + block // world * steps_per_block + place // share
-    return step * batch + block % world * share + place % share
+    turn, rank = divmod(block, world)
+    if turn >= blocks // world:
+        return []
+    mine, room = span(batch // unit, rank, world), most(batch // unit, world) * unit
+    share = [*range(mine.start * unit, mine.stop * unit)]
+    share += [-1] * (room - len(share))
+    begin = first_step + turn * steps_per_block
+    steps = range(begin, min(begin + steps_per_block, end_step))
+    return [step * batch + place if place >= 0 else -1 for step in steps for place in share]
 
 
 class _Batches:
     """Batches of draw numbers for one rank: of each global batch, its contiguous share."""
 
     def __init__(self, start_step: int, steps: int, batch: int, rank: int, world: int) -> None:
-        self.start_step, self.steps, self.batch, self.rank, self.world = start_step, steps, batch, rank, world
+        self.start_step, self.steps, self.batch, self.mine = start_step, steps, batch, span(batch, rank, world)
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch // self.world
         for step in range(self.start_step, self.steps):
-            first = step * self.batch + self.rank * share
-            yield list(range(first, first + share))
+            yield [step * self.batch + place for place in self.mine]
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step)
@@ -117,8 +136,9 @@ def loader(draws: Draws, start_step: int, steps: int, batch: int, rank: int, wor
     )
 
 
-def share(batch: int, world: int, name: str) -> int:
-    """Images of a global batch on one worker. Raises DataError where they don't divide."""
-    if batch % world:
-        raise DataError(f"{name}={batch} does not divide over {world} workers; use a multiple of {world}, or other compute.train_workers")
-    return batch // world
+def check_share(batch: int, world: int, name: str) -> None:
+    """Raises DataError where a global batch leaves a worker without an image."""
+    if batch < world:
+        raise DataError(
+            f"{name}={batch} leaves some of {world} workers without an image; raise it to {world}, or lower compute.train_workers"
+        )

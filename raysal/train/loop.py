@@ -31,7 +31,7 @@ from raysal.model import checkpoint, losses
 from raysal.model.network import TwoBranch, prepare, without_dropout
 from raysal.model.runtime import Predictor
 from raysal.train.evaluate import Evaluation, evaluate
-from raysal.train.feeds import Draws, LabeledBatch, UnlabeledBatch, loader
+from raysal.train.feeds import Draws, LabeledBatch, UnlabeledBatch, loader, span
 from raysal.train.plan import Plan
 from raysal.train.state import Progress, load_state, save_state
 
@@ -152,10 +152,10 @@ class Learner:
         self, step: int, x_l: torch.Tensor, y_l: torch.Tensor, x_u: torch.Tensor, valid_u: torch.Tensor, pseudo_u: list[torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
         """Puts a class's region of a labelled image, with its hand labels, into some unlabelled images; classes of high weight first."""
-        cfg, n, first = self.plan.cfg, len(x_u), (step * self.session.world + self.session.rank) * len(x_u)
+        cfg, n, first = self.plan.cfg, len(x_u), self._first(step)
         if not cfg.cps.paste or pseudo_u is None:
             return x_u, valid_u, pseudo_u
-        source = torch.arange(n, device=y_l.device) * len(y_l) // n  # the same pairs on any number of ranks
+        source = torch.arange(n, device=y_l.device) * len(y_l) // n  # the same pairs on any number of ranks that divides both batches
         region = torch.zeros_like(valid_u)
         for i in range(n):
             draw = torch.Generator().manual_seed(draw_seed(cfg.seed, "paste", first + i))
@@ -167,11 +167,16 @@ class Learner:
         return torch.where(region[:, None], x_l[source], x_u), valid_u | region, pasted
 
     def _boxes(self, step: int, n: int, size_HW: torch.Size) -> torch.Tensor:
-        """M of this rank's n pairs, bool [n, H, W]. Pairs are numbered over all ranks, so that no layout changes a mixture."""
-        cps, first = self.plan.cfg.cps, step * n * self.session.world + self.session.rank * n
+        """M of this rank's n pairs, bool [n, H, W]."""
+        cps, first = self.plan.cfg.cps, self._first(step)
         seeds = [draw_seed(self.plan.cfg.seed, "cutmix", pair) for pair in range(first, first + n)]
         height, width = size_HW
         return torch.cat([cutmix_boxes(1, height, width, cps.cutmix_boxes, cps.cutmix_area, seed) for seed in seeds])
+
+    def _first(self, step: int) -> int:
+        """Number of this rank's first unlabelled image after mixing: counted over all ranks, so that no layout changes a mixture."""
+        batch = self.plan.cfg.train.batch_unlabeled
+        return step * batch + span(batch, self.session.rank, self.session.world).start
 
     @torch.no_grad()
     def _pseudo(self, x: torch.Tensor, valid: torch.Tensor) -> list[torch.Tensor]:

@@ -47,9 +47,14 @@ class Plan:
         return bool(self.unlabeled) and self.cfg.cps.weight > 0
 
     @property
+    def mixed(self) -> int:
+        """Unlabelled images that are read for one that is learnt from: CutMix mixes two."""
+        return 2 if self.cfg.cps.cutmix else 1
+
+    @property
     def unlabeled_batch(self) -> int:
-        """Unlabelled images read per step: CutMix mixes two batches into one."""
-        return self.cfg.train.batch_unlabeled * (2 if self.cfg.cps.cutmix else 1)
+        """Unlabelled images read per step over all workers."""
+        return self.cfg.train.batch_unlabeled * self.mixed
 
     def schedule(self) -> str:
         """Digest of what a checkpoint must share with this plan to be resumed."""

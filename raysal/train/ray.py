@@ -29,8 +29,9 @@ from raysal.archive.uris import absolute, exists, join, open_fs, read_bytes, rem
 from raysal.config import Config
 from raysal.errors import RaysalError
 from raysal.model.encoder_weights import is_file
+from raysal.telemetry.meters import Meters, metered
 from raysal.train import saved
-from raysal.train.feeds import Draws, UnlabeledBatch, draw_at, share
+from raysal.train.feeds import Draws, UnlabeledBatch, block_draws, check_share, most
 from raysal.train.logs import Log, read_log
 from raysal.train.plan import CHECKPOINT_FILES, Plan
 
@@ -78,7 +79,7 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
     _drop_broken(folder)
     if (weights := plan.cfg.model.encoder_weights) is not None and is_file(weights):
         plan = dataclasses.replace(plan, weights=absolute(weights))
-    with cluster.data_context(ordered=True), _watch(plan.cfg, folder, on_progress):
+    with cluster.data_context(ordered=True), metered(folder) as meters, _watch(plan.cfg, folder, meters, on_progress):
         try:
             _trainer(plan, folder).fit()
         except ray.train.TrainingFailedError as error:
@@ -95,21 +96,24 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
 
 
 def check_workers(cfg: Config) -> None:
-    """Refuses workers that the cluster can't carry, or that the batches don't divide over. Raises ResourceError or DataError."""
+    """Refuses workers that the cluster can't carry, or that the batches are too small for. Raises ResourceError or DataError."""
     cluster.check_training(cfg.compute)
     for name in ("batch_labeled", "batch_unlabeled"):
-        share(getattr(cfg.train, name), max(1, cfg.compute.train_workers), f"train.{name}")
+        check_share(getattr(cfg.train, name), max(1, cfg.compute.train_workers), f"train.{name}")
 
 
 def _trainer(plan: Plan, folder: str) -> ray.train.torch.TorchTrainer:
     compute = plan.cfg.compute
+    workers: dict[str, Any] = {"num_workers": compute.train_workers}  # a dict: type checkers see the options of Ray's older trainer
+    if compute.min_workers:
+        workers = {"num_workers": (compute.min_workers, compute.train_workers), "elastic_resize_monitor_interval_s": compute.resize_every_s}
     return ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"plan": ray.put(plan), "folder": folder},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.train_workers,
             use_gpu=compute.use_gpu,
             resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if compute.use_gpu else {}),
+            **workers,
         ),
         run_config=ray.train.RunConfig(
             name="fit",
@@ -169,14 +173,15 @@ class RaySession:
 
     def unlabeled(self, start_step: int) -> Iterator[UnlabeledBatch]:
         steps, first = self.plan.cfg.train.steps, start_step
+        room = most(self.plan.cfg.train.batch_unlabeled, self.world) * self.plan.mixed
         shard = ray.train.get_dataset_shard("unlabeled")
         while first < steps:
             if self.rank == 0:
-                write_bytes(join(self.folder, "feed.json"), json.dumps({"first_step": first}).encode())
-            local = share(self.plan.unlabeled_batch, self.world, "train.batch_unlabeled")
-            for batch in shard.iter_batches(batch_size=local, batch_format="numpy", prefetch_batches=2, drop_last=True):
-                yield torch.tensor(batch["image"]), torch.tensor(batch["valid"])
-            first += _segment_steps(self.plan)
+                write_bytes(join(self.folder, "feed.json"), json.dumps({"first_step": first, "world": self.world}).encode())
+            for batch in shard.iter_batches(batch_size=room, batch_format="numpy", prefetch_batches=2, drop_last=True):
+                there = batch["draw"] >= 0
+                yield torch.tensor(batch["image"][there]), torch.tensor(batch["valid"][there])
+            first += _blocks(self.plan) // self.world * _steps_per_block(self.plan, self.world)
 
     def report(self, metrics: dict, folder: Path | None) -> None:
         background = self.plan.cfg.compute.asynchronous_upload and metrics["step"] != self.plan.cfg.train.steps
@@ -218,47 +223,49 @@ class LocalSession(RaySession):
                 remove_tree(join(fit_folder, old))
 
 
-def _segment_steps(plan: Plan) -> int:
-    """Steps of one execution of the stream, on any number of workers a multiple of the steps in a block."""
-    per_block = _steps_per_block(plan)
-    world = max(1, plan.cfg.compute.train_workers)
-    return per_block * max(1, min(-(-plan.cfg.train.steps // per_block), SEGMENT_BLOCKS // world))
-
-
-def _steps_per_block(plan: Plan) -> int:
-    local = plan.unlabeled_batch // max(1, plan.cfg.compute.train_workers)
+def _steps_per_block(plan: Plan, world: int) -> int:
     images = min(IMAGES_PER_BLOCK, BLOCK_BYTES // (4 * plan.cfg.augment.crop_px**2))  # three channels, and which pixels are valid
-    return max(1, images // max(1, local))
+    return max(1, images // (most(plan.cfg.train.batch_unlabeled, world) * plan.mixed))
+
+
+def _blocks(plan: Plan) -> int:
+    """Blocks of one execution of the stream: enough for the whole schedule on any number of workers that may come, or the most allowed."""
+    most_workers = max(1, plan.cfg.compute.train_workers)
+    worlds = range(plan.cfg.compute.min_workers or most_workers, most_workers + 1)
+    whole = max(-(-plan.cfg.train.steps // _steps_per_block(plan, world)) * world for world in worlds)
+    return max(most_workers, min(whole, SEGMENT_BLOCKS))
 
 
 def _unlabeled_dataset(plan: Plan, folder: str) -> ray.data.Dataset:
     """The stream of unlabelled draws, one block = some steps of one worker.
 
-    It is opened anew for each segment of the schedule; ``feed.json`` says at which step, so that a replaced worker or a restarted driver
-    decodes nothing twice. Ray deals blocks of one size to the workers in turn (`draw_at` counts on it). Pixels cross the object
-    store here, once: from the task that decodes them to the worker that learns from them.
+    It is opened anew for each segment of the schedule; ``feed.json`` says at which step and for how many workers, so that a replaced
+    worker, another number of them or a restarted driver decodes nothing twice. Ray deals blocks of one size to the workers in turn
+    (`block_draws` counts on it). Pixels cross the object store here, once: from the task that decodes them to the worker that learns
+    from them.
     """
-    world, steps, batch = max(1, plan.cfg.compute.train_workers), _steps_per_block(plan), plan.unlabeled_batch
-    rows, block = _segment_steps(plan) * batch, steps * batch // world
+    blocks, batch = _blocks(plan), plan.unlabeled_batch
     draws = ray.put(Draws(plan.dataset, plan.unlabeled, plan.cfg, "unlabeled"))
-    end, size = plan.cfg.train.steps * batch, plan.cfg.augment.crop_px
+    end, size, unit = plan.cfg.train.steps, plan.cfg.augment.crop_px, plan.mixed
+    steps_per_block = {world: _steps_per_block(plan, world) for world in range(1, plan.cfg.compute.train_workers + 2)}
 
     def decode(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)
-        first = json.loads(read_bytes(join(folder, "feed.json")))["first_step"]
-        all_draws = [draw_at(int(row), first, batch, world, steps) for row in numbers["id"]]
-        wanted = [draw for draw in all_draws if draw < end]
+        feed = json.loads(read_bytes(join(folder, "feed.json")))
+        first, world = feed["first_step"], feed["world"]
+        per_block = steps_per_block[world]
+        wanted = [d for block in numbers["id"] for d in block_draws(int(block), blocks, first, end, batch, unit, world, per_block)]
         images = np.zeros((len(wanted), 3, size, size), np.uint8)
         valids = np.zeros((len(wanted), size, size), bool)
         stream = _cached_draws(draws)
         for i, draw in enumerate(wanted):
-            image, _, valid = stream[draw]
-            images[i], valids[i] = image.numpy(), valid.numpy()
-        return {"image": images, "valid": valids}
+            if draw >= 0:
+                image, _, valid = stream[draw]
+                images[i], valids[i] = image.numpy(), valid.numpy()
+        return {"draw": np.array(wanted, np.int64), "image": images, "valid": valids}
 
-    blocks = -(-rows // block)
     tasks = plan.cfg.compute.ingest_tasks or max(1, int(ray.cluster_resources().get("CPU", 1)) // 4)
-    return ray.data.range(rows, override_num_blocks=blocks).map_batches(
+    return ray.data.range(blocks, override_num_blocks=blocks).map_batches(
         decode,
         batch_size=None,
         batch_format="numpy",
@@ -305,10 +312,10 @@ def _root_cause(error: BaseException) -> str:
 
 
 class _watch:
-    """Reports progress from metrics.jsonl while the training runs elsewhere."""
+    """Tells of the training, which runs elsewhere, what its metrics.jsonl says."""
 
-    def __init__(self, cfg: Config, folder: str, on_progress: OnProgress | None) -> None:
-        self.cfg, self.folder, self.on_progress, self._done = cfg, folder, on_progress, threading.Event()
+    def __init__(self, cfg: Config, folder: str, meters: Meters, on_progress: OnProgress | None) -> None:
+        self.cfg, self.folder, self.meters, self.on_progress, self._done = cfg, folder, meters, on_progress, threading.Event()
 
     def __enter__(self) -> None:
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -319,9 +326,12 @@ class _watch:
         self._thread.join()
 
     def _poll(self) -> None:
-        seen = -1
-        while self.on_progress is not None and not self._done.wait(1.0):
-            records = [r for r in read_log(self.folder) if "loss" in r]
-            if records and records[-1]["step"] != seen:
-                seen = records[-1]["step"]
-                self.on_progress(seen, self.cfg.train.steps, records[-1])
+        seen, ended = -1, False
+        while not ended:
+            ended = self._done.wait(1.0)
+            newest = {kind: record for record in read_log(self.folder) for kind in ("loss", "eval") if kind in record}
+            for record in newest.values():
+                self.meters.train(record, self.cfg.train.steps)
+            if self.on_progress is not None and "loss" in newest and newest["loss"]["step"] != seen:
+                seen = newest["loss"]["step"]
+                self.on_progress(seen, self.cfg.train.steps, newest["loss"])

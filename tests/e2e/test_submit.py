@@ -160,6 +160,19 @@ def test_a_job_is_sent_followed_to_its_end_and_is_one_however_often_it_is_sent(c
     assert id_ in everything and cluster.token not in everything
 
 
+def test_a_job_writes_json_lines_with_its_run_and_ids_where_it_is_asked_to(cluster: Cluster) -> None:
+    labels = cluster.root / "json-labels"
+    label = ("label", cluster.root / "model", cluster.root / "images", "--out", labels, *QUICK, "--set", "compute.log_json=true")
+    told = cluster.submit(*label, "--json")
+    assert told.returncode == 0, told.stdout[-3000:] + told.stderr
+    job = json.loads(told.stdout)
+    lines = [json.loads(line) for line in cluster.submit("logs", job["id"]).stdout.splitlines() if line.startswith("{")]
+    mine = [line for line in lines if line.get("run") == str(labels)]
+    assert {line["submission_id"] for line in mine} == {job["id"]} and {line["levelname"] for line in mine} == {"INFO"}, lines
+    [progress] = [line for line in mine if line.get("done") == IMAGES]
+    assert progress["total"] == progress["ok"] == IMAGES and int(progress["job_id"], 16) > 0
+
+
 def test_without_the_token_nothing_is_told_or_done(cluster: Cluster) -> None:
     tries = (
         (None, "asks for a token and none was sent", ("label", "/a", "/b", "--out", "/c")),

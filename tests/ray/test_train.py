@@ -26,7 +26,7 @@ from raysal.model.runtime import Predictor
 from raysal.rounds.single import count_classes
 from raysal.train import ray as ray_adapter
 from raysal.train.evaluate import evaluate
-from raysal.train.feeds import Draws
+from raysal.train.feeds import Draws, most, span
 from raysal.train.logs import read_log
 from raysal.train.plan import Plan
 from raysal.train.ray import Trained, fit
@@ -142,18 +142,19 @@ def test_two_workers_measure_what_one_process_measures(undisturbed) -> None:
     assert all(np.isfinite(r["loss"]) and r["images_per_second"] > 0 and r["data_wait_s"] >= 0 and r["agreement"] for r in losses)
 
 
-@pytest.mark.parametrize(("world", "first"), [(1, 0), (2, 0), (2, 5), (4, 3)])
+@pytest.mark.parametrize(("world", "first"), [(1, 0), (2, 0), (2, 5), (3, 2), (4, 3)])
 def test_ray_hands_every_rank_its_share_of_every_step(ray_runtime, tmp_path: Path, world: int, first: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """The draws of a step are the same on any number of workers, from any step on, to the last."""
+    """The draws of a step are the same on any number of workers, from any step on, to the last; here 4 workers were planned with."""
     monkeypatch.setattr(ray_adapter, "IMAGES_PER_BLOCK", 4)
-    cfg = tiny(tmp_path, train={"batch_unlabeled": 4, "batch_labeled": 4, "steps": 9}, compute={"train_workers": world})
-    plan = plan_of(cfg)
-    (tmp_path / "feed.json").write_text(json.dumps({"first_step": first}))
-    draws, share = Draws(plan.dataset, plan.unlabeled, cfg, "unlabeled"), plan.unlabeled_batch // world
+    compute = {"train_workers": 4, "min_workers": 1}
+    plan = plan_of(tiny(tmp_path, train={"batch_unlabeled": 4, "batch_labeled": 4, "steps": 9}, compute=compute))
+    (tmp_path / "feed.json").write_text(json.dumps({"first_step": first, "world": world}))
+    draws, room = Draws(plan.dataset, plan.unlabeled, plan.cfg, "unlabeled"), most(4, world) * plan.mixed
     got: dict[int, list[np.ndarray]] = {}
 
     def read(rank: int, shard: ray.data.DataIterator) -> None:
-        got[rank] = [batch["image"] for batch in shard.iter_batches(batch_size=share, batch_format="numpy", drop_last=True)]
+        batches = shard.iter_batches(batch_size=room, batch_format="numpy", drop_last=True)
+        got[rank] = [batch["image"][batch["draw"] >= 0] for batch in batches]
 
     with cluster.data_context(ordered=True):
         shards = ray_adapter._unlabeled_dataset(plan, str(tmp_path)).streaming_split(world, equal=True)
@@ -165,8 +166,8 @@ def test_ray_hands_every_rank_its_share_of_every_step(ray_runtime, tmp_path: Pat
     for rank in range(world):
         assert len(got[rank]) == 9 - first
         for step, images in enumerate(got[rank], first):
-            begin = step * plan.unlabeled_batch + rank * share
-            assert np.array_equal(images, np.stack([draws[d][0].numpy() for d in range(begin, begin + share)])), (rank, step)
+            mine = [step * plan.unlabeled_batch + place * plan.mixed + k for place in span(4, rank, world) for k in range(plan.mixed)]
+            assert np.array_equal(images, np.stack([draws[d][0].numpy() for d in mine])), (rank, step)
 
 
 def test_a_pool_image_that_cannot_be_read_does_not_stop_training(ray_runtime, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("images", "archive"),
     ("datasets", "model", "query", "export"),
     ("answers",),
-    ("cluster", "nodes"),
+    ("cluster", "nodes", "telemetry"),
     ("train", "stream", "serving", "jobs"),
     ("rounds", "report"),
     ("progress", "client"),

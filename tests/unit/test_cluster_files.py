@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ import jsonschema
 import pytest
 import typer
 import yaml
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.modules.reporter import reporter_head
 
 import raysal
 from raysal.cli import app
@@ -23,6 +28,8 @@ from raysal.jobs.submission import VERBS
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHED = [ROOT / "cluster.yaml", ROOT / "deploy/cluster-local.yaml"]
 RAY_OBJECTS = sorted((ROOT / "deploy").glob("ray*.yaml"))
+PROMETHEUS = sorted((ROOT / "deploy/prometheus").iterdir())
+MONITOR = ROOT / "deploy/podmonitor.yaml"
 RAY_VERSION = "2.60.0"
 
 
@@ -163,6 +170,42 @@ def test_only_the_nodes_the_operator_and_prometheus_reach_rays_ports() -> None:
     others = [rule for rule in nodes["spec"]["ingress"] if "podSelector" not in rule["from"][0]]
     assert [port["port"] for rule in others for port in rule["ports"]] == [8265, 8080]
     assert [port["port"] for rule in endpoint["spec"]["ingress"] for port in rule["ports"]] == [8000]
+
+
+@pytest.mark.parametrize("file", PROMETHEUS, ids=lambda file: file.name)
+def test_prometheus_takes_it(file: Path) -> None:
+    if not (promtool := shutil.which("promtool")):
+        pytest.skip("no promtool; it comes with Prometheus")
+    checked = subprocess.run([promtool, "check", "config", "--syntax-only", str(file)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_prometheus_looks_for_the_nodes_where_ray_lists_them() -> None:
+    by_http, on_the_head = (read(file) for file in PROMETHEUS)
+    [place] = on_the_head["scrape_configs"][0]["file_sd_configs"][0]["files"]
+    assert place == f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"
+    [asked] = by_http["scrape_configs"][0]["http_sd_configs"]
+    path = asked["url"].removeprefix("http://127.0.0.1:8265")
+    assert f'@routes.get("{path}")' in inspect.getsource(reporter_head)
+    assert asked["authorization"] == {"type": "Bearer", "credentials_file": "/etc/prometheus/ray-token"}
+
+
+def test_numbers_are_read_more_often_than_ray_forgets_them() -> None:
+    forgotten_s = 2 * 10  # twice the pause between two exports, see OpenTelemetryMetricRecorder of Ray
+    pauses = [read(file)["global"]["scrape_interval"] for file in PROMETHEUS]
+    pauses += [endpoint["interval"] for endpoint in read(MONITOR)["spec"]["podMetricsEndpoints"]]
+    assert len(pauses) == 3 and all(2 * int(pause.removesuffix("s")) <= forgotten_s for pause in pauses)
+
+
+def test_the_pod_monitor_selects_every_pod_and_a_port_that_the_policy_opens() -> None:
+    monitor = read(MONITOR)["spec"]
+    for file in RAY_OBJECTS:
+        for group in [clusters(file)["headGroupSpec"], *clusters(file)["workerGroupSpecs"]]:
+            assert monitor["selector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+            assert "ports" not in group["template"]["spec"]["containers"][0]  # KubeRay adds `metrics` on 8080 where it is not named
+    assert [endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]] == ["metrics"]
+    nodes = next(yaml.safe_load_all((ROOT / "deploy/networkpolicy.yaml").read_text(encoding="utf-8")))
+    assert 8080 in [port["port"] for rule in nodes["spec"]["ingress"] for port in rule.get("ports", [])]
 
 
 def test_versions_are_the_same_everywhere() -> None:

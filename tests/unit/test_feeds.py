@@ -16,7 +16,7 @@ from raysal.datasets.build import build
 from raysal.errors import DataError, ImageError
 from raysal.images.masks import encode_mask
 from raysal.labels import IGNORE
-from raysal.train.feeds import Draws, _Batches, draw_at, loader, permutation, share
+from raysal.train.feeds import Draws, _Batches, block_draws, check_share, loader, most, permutation
 from tests.helpers import tiny
 
 
@@ -114,36 +114,48 @@ def test_augin_gives_a_draw_the_style_of_the_next_and_leaves_labels_and_valid_pi
         assert torch.equal(after, expected)
 
 
-def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(DataError, match=r"train\.batch_labeled=9 does not divide over 2 workers"):
-        share(9, 2, "train.batch_labeled")
+def test_a_batch_that_leaves_a_worker_without_an_image_is_refused() -> None:
+    check_share(3, 3, "train.batch_labeled")
+    with pytest.raises(DataError, match=r"train\.batch_labeled=3 leaves some of 4 workers without an image"):
+        check_share(3, 4, "train.batch_labeled")
 
 
-def dealt(first_step: int, steps: int, batch: int, world: int, steps_per_block: int) -> list[list[list[int]]]:
-    """Draws of each rank and step, where blocks of rows go to the ranks in turn."""
-    share = batch // world
-    rows = list(range(steps * batch))
-    blocks = [rows[i : i + steps_per_block * share] for i in range(0, len(rows), steps_per_block * share)]
-    mine = [[row for block in blocks[rank::world] for row in block] for rank in range(world)]
-    draws = [[draw_at(row, first_step, batch, world, steps_per_block) for row in rows_r] for rows_r in mine]
-    return [[d[i : i + share] for i in range(0, len(d), share)] for d in draws]
+def dealt(first_step: int, end_step: int, pairs: int, unit: int, world: int, per_block: int, blocks: int) -> list[list[list[int]]]:
+    """Draws of each rank and step, where blocks go to the ranks in turn, and a step takes the same number of rows on all of them."""
+    made = [block_draws(block, blocks, first_step, end_step, pairs * unit, unit, world, per_block) for block in range(blocks)]
+    room = most(pairs, world) * unit
+    assert len({len(rows) for rows in made[: blocks // world * world][-world:]}) <= 1, "the last ones are equal too"
+    rows = [[d for block in made[rank::world] for d in block] for rank in range(world)]
+    return [[[d for d in mine[i : i + room] if d >= 0] for i in range(0, len(mine), room)] for mine in rows]
 
 
-def loaded(first_step: int, steps: int, batch: int, world: int) -> list[list[list[int]]]:
-    return [list(_Batches(first_step, first_step + steps, batch, rank, world)) for rank in range(world)]
+def loaded(first_step: int, end_step: int, batch: int, world: int) -> list[list[list[int]]]:
+    return [list(_Batches(first_step, end_step, batch, rank, world)) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("steps_per_block", [1, 3, 8])
 @pytest.mark.parametrize("first_step", [0, 1, 24])
 def test_blocks_dealt_in_turn_give_each_rank_its_share_of_each_step(world: int, steps_per_block: int, first_step: int) -> None:
-    share = 8 // world
-    expected = [[list(range(s * 8 + r * share, s * 8 + (r + 1) * share)) for s in range(first_step, first_step + 24)] for r in range(world)]
-    assert dealt(first_step, 24, 8, world, steps_per_block) == expected == loaded(first_step, 24, 8, world)
+    share, end = 8 // world, first_step + 24
+    expected = [[list(range(s * 8 + r * share, s * 8 + (r + 1) * share)) for s in range(first_step, end)] for r in range(world)]
+    blocks = 24 // steps_per_block * world
+    assert dealt(first_step, end, 4, 2, world, steps_per_block, blocks) == expected == loaded(first_step, end, 8, world)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6), st.integers(6, 20), st.integers(1, 7), st.integers(1, 40), st.integers(0, 10**6), st.integers(1, 60))
+def test_any_blocks_deal_the_draws_of_a_loader(world: int, batch: int, per_block: int, blocks: int, first_step: int, steps: int) -> None:
+    """Also where a batch does not divide, blocks are left over, and the schedule ends within a block or goes on after the last one."""
+    end = min(first_step + steps, first_step + blocks // world * per_block)
+    assert dealt(first_step, first_step + steps, batch, 1, world, per_block, blocks) == loaded(first_step, end, batch, world)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 7), st.integers(1, 4), st.integers(0, 10**6))
-def test_any_blocks_deal_the_draws_of_a_loader(world: int, share: int, per_block: int, blocks: int, first_step: int) -> None:
-    steps = per_block * blocks
-    assert dealt(first_step, steps, share * world, world, per_block) == loaded(first_step, steps, share * world, world)
+@given(st.integers(1, 6), st.integers(6, 20), st.integers(1, 5))
+def test_pairs_stay_together_and_every_draw_of_a_step_is_there_once(world: int, pairs: int, steps: int) -> None:
+    ranks = dealt(0, steps, pairs, 2, world, 2, 2 * world * steps)
+    for step in range(steps):
+        shares = [mine[step] for mine in ranks]
+        assert [d for share in shares for d in share] == list(range(step * 2 * pairs, (step + 1) * 2 * pairs))
+        assert all(share[0] % 2 == 0 and len(share) % 2 == 0 for share in shares)

@@ -56,7 +56,11 @@ def test_encoder_weights_are_read_before_any_training(made: tuple[Dataset, str],
         ({"query": {"batch": "kcenter"}, "score": {"embedding_dim": 0}}, ConfigError, "score.embedding_dim above 0"),
         ({"query": {"strategy": "bald"}, "model": {"dropout": 0.0}}, ConfigError, "bald needs dropout"),
         ({"data": {"unlabeled_split": "later"}}, DataError, "later"),
-        ({"train": {"batch_unlabeled": 3}, "compute": {"train_workers": 2}}, DataError, "batch_unlabeled=3 does not divide over 2"),
+        (
+            {"train": {"batch_unlabeled": 3, "batch_labeled": 4}, "compute": {"train_workers": 4}},
+            DataError,
+            "batch_unlabeled=3 leaves some of 4 workers",
+        ),
         ({"loop": {"uncertainty_below": 0.1}, "score": {"aggregate": "sum"}}, ConfigError, "score.aggregate=mean"),
     ],
 )

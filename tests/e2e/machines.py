@@ -1,0 +1,238 @@
+"""A Ray cluster of several machines on this one: each is a network namespace on a bridge, with a Ray node, processes, temporary files and
+resources of its own. Needs root, iproute2, and a kernel that lets namespaces be made.
+
+    python tests/e2e/machines.py up FOLDER --nodes 3     # prints how to reach it
+    python tests/e2e/machines.py down FOLDER
+
+The first node is the head and has no CPUs. All ask for a token. FOLDER/shared is storage that all nodes see at the same path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import httpx
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START_S = 300
+DASHBOARD, GCS = 8265, 6379
+
+QUICK_DEATH = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
+"""A node that answers no more is given up after some 15 seconds instead of a minute."""
+
+
+def run(*command: object, check: bool = True) -> str:
+    """Runs a command and returns what it says."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def cannot() -> str:
+    """Why no machines can be made here; empty where they can."""
+    if os.name != "posix" or os.geteuid() != 0 or shutil.which("ip") is None:
+        return "several machines on one need root and iproute2"
+    name = f"rs{secrets.token_hex(2)}t"
+    try:
+        run("ip", "netns", "add", name)
+        run("ip", "link", "add", name, "type", "bridge")
+    except RuntimeError as error:
+        return f"no network namespaces or bridges here: {error}"
+    finally:
+        run("ip", "link", "del", name, check=False)
+        run("ip", "netns", "del", name, check=False)
+    return ""
+
+
+@dataclass
+class Machines:
+    """The cluster.
+
+    Attributes:
+        folder: Holds everything of it.
+        name: Of its bridge; those of the machines begin so.
+        net: Third number of its addresses, 198.18.NET.x, a range that is kept for tests.
+        token: What its nodes and clients need to know.
+        cpus: Logical CPUs of each machine but the head.
+        env: More environment variables of all nodes.
+    """
+
+    folder: Path
+    name: str = field(default_factory=lambda: f"rs{secrets.token_hex(2)}")
+    net: int = field(default_factory=lambda: secrets.randbelow(250))
+    token: str = field(default_factory=lambda: secrets.token_hex(24))
+    cpus: int = 2
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> Path:
+        return self.folder / "shared"
+
+    @property
+    def gateway(self) -> str:
+        """Where machines find what runs outside of them, for example a store."""
+        return f"198.18.{self.net}.1"
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://{self.address(0)}:{DASHBOARD}"
+
+    def address(self, machine: int) -> str:
+        return f"198.18.{self.net}.{10 + machine}"
+
+    def environment(self, token: bool = True) -> dict[str, str]:
+        """Of nodes, and of clients beside them; raysal is this checkout's."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYSAL_"))}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+        env = (
+            kept
+            | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "HOME": str(self.folder), "OMP_NUM_THREADS": "1", "no_proxy": "*"}
+            | self.env
+        )
+        return env | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")} if token else {})
+
+    def up(self, nodes: int) -> None:
+        """Makes the bridge and so many machines, and waits until all are one cluster."""
+        self.shared.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "token"
+        file.write_text(self.token)
+        file.chmod(0o600)
+        state = asdict(self) | {"folder": str(self.folder)}
+        (self.folder / "machines.json").write_text(json.dumps(state))
+        run("ip", "link", "add", self.name, "type", "bridge")
+        run("ip", "address", "add", f"{self.gateway}/24", "dev", self.name)
+        run("ip", "link", "set", self.name, "up")
+        for machine in range(nodes):
+            self.make(machine)
+            self.start(machine)
+            self.wait(machine + 1)  # one after the other: Ray gives up on a node that is slow to start
+
+    def make(self, machine: int) -> None:
+        """A network namespace with one interface on the bridge."""
+        space, here = f"{self.name}-{machine}", f"{self.name}v{machine}"
+        run("ip", "netns", "add", space)
+        run("ip", "link", "add", here, "type", "veth", "peer", "name", "eth0", "netns", space)
+        run("ip", "link", "set", here, "master", self.name, "up")
+        for command in (
+            ("address", "add", f"{self.address(machine)}/24", "dev", "eth0"),
+            ("link", "set", "eth0", "up"),
+            ("link", "set", "lo", "up"),
+        ):
+            run("ip", "-n", space, *command)
+
+    def start(self, machine: int, cpus: int | None = None, without: Sequence[Path] = ()) -> None:
+        """Starts a machine's Ray node, in whose view /tmp/ray is its own folder, and some folders are empty ones of its own."""
+        mine = self.folder / f"machine-{machine}"
+        shutil.rmtree(mine, ignore_errors=True)
+        (mine / "ray").mkdir(parents=True)
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        node = ["ray", "start", "--block", "--disable-usage-stats", "--object-store-memory=200000000"]
+        node += [f"--node-ip-address={self.address(machine)}"]
+        if machine == 0:
+            node += ["--head", "--num-cpus=0", f"--port={GCS}", f"--dashboard-host={self.address(0)}", f"--dashboard-port={DASHBOARD}"]
+        else:
+            node += [f"--address={self.address(0)}:{GCS}", f"--num-cpus={self.cpus if cpus is None else cpus}"]
+        views = [f"mount --bind {mine / 'ray'} /tmp/ray", *(f"mount -t tmpfs tmpfs {folder}" for folder in without)]
+        # Processes of its own too: Ray's drivers look through them for the raylet that they belong to.
+        command = ["ip", "netns", "exec", f"{self.name}-{machine}", "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        command += ["sh", "-c", " && ".join([*views, f"exec {' '.join(node)}"])]
+        with open(self.folder / f"machine-{machine}.log", "a") as said:
+            subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=self.environment(), start_new_session=True)
+
+    def alive(self) -> dict[str, str]:
+        """Node ids by address, of the nodes that the head counts as alive."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        try:
+            answer = httpx.get(f"{self.dashboard}/nodes?view=summary", headers=headers, timeout=10, trust_env=False).json()
+            nodes = [n["raylet"] for n in answer["data"]["summary"] if n["raylet"].get("state") == "ALIVE"]
+            return {node["nodeManagerAddress"]: node["nodeId"] for node in nodes}
+        except (httpx.HTTPError, ValueError, KeyError):
+            return {}
+
+    def wait(self, nodes: int, timeout_s: float = START_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while len(self.alive()) != nodes:
+            if time.monotonic() > deadline:
+                logs = "".join(f.read_text()[-1500:] for f in sorted(self.folder.glob("machine-*.log")))
+                raise RuntimeError(f"after {timeout_s:g} s {len(self.alive())} nodes are up, not {nodes}: {logs}")
+            time.sleep(0.5)
+
+    def pids(self, machine: int) -> list[int]:
+        return [int(pid) for pid in run("ip", "netns", "pids", f"{self.name}-{machine}", check=False).split()]
+
+    def kill(self, machine: int) -> None:
+        """Everything on it dies at once."""
+        while pids := self.pids(machine):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+    def cut(self, machine: int) -> None:
+        """Its cable is drawn; its processes go on."""
+        run("ip", "link", "set", f"{self.name}v{machine}", "down")
+
+    def mend(self, machine: int) -> None:
+        run("ip", "link", "set", f"{self.name}v{machine}", "up")
+
+    def down(self) -> None:
+        """Ends and removes everything but FOLDER."""
+        for line in run("ip", "netns", "list", check=False).splitlines():
+            space = line.split()[0]
+            if space.startswith(f"{self.name}-"):
+                self.kill(int(space.rpartition("-")[2]))
+                run("ip", "netns", "del", space, check=False)
+        run("ip", "link", "del", self.name, check=False)
+
+
+@contextmanager
+def machines(folder: Path, nodes: int = 3, cpus: int = 2, env: dict[str, str] | None = None) -> Iterator[Machines]:
+    """A cluster that is gone afterwards."""
+    made = Machines(folder, cpus=cpus, env=env or {})
+    try:
+        made.up(nodes)
+        yield made
+    finally:
+        made.down()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("up", "down"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of each but the head")
+    args = parser.parse_args()
+    if why := cannot():
+        raise SystemExit(why)
+    folder = args.folder.resolve()
+    if args.do == "down":
+        Machines(**(json.loads((folder / "machines.json").read_text()) | {"folder": folder})).down()
+        return
+    made = Machines(folder, cpus=args.cpus)
+    try:
+        made.up(args.nodes)
+    except BaseException:
+        made.down()
+        raise
+    print(f"{args.nodes} nodes are up; storage that all see: {made.shared}")
+    print(f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token")
+    print(f"raysal submit list --address {made.dashboard}")
+
+
+if __name__ == "__main__":
+    main()
