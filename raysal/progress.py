@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from raysal.archive.uris import absolute
 from raysal.config import Config
 from raysal.words import duration
 
@@ -59,6 +58,7 @@ class Ui:
         """As a configuration wants it, for a command that writes to a folder; None: to the configuration's `run`."""
         if not cfg.compute.log_json:
             return cls(as_json)
+        from raysal.archive.uris import absolute
         from raysal.telemetry.lines import json_lines
 
         return cls(as_json, json_lines(absolute(folder or cfg.run)))
