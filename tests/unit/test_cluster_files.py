@@ -109,19 +109,21 @@ def closed(schema: Any) -> Any:
 
 @pytest.fixture
 def schema(file: Path) -> dict:
-    """KubeRay's own definition of an object: one of the files ray.io_*.yaml of its ray-operator/config/crd/bases, 1.6 or newer."""
+    """An operator's own definition of an object: ray.io_*.yaml of KubeRay's ray-operator/config/crd/bases, 1.6 or newer;
+    monitoring.coreos.com_podmonitors.yaml of the Prometheus operator's example/prometheus-operator-crd."""
     folder = Path(os.environ.get("RAYSAL_CRDS", ROOT.parent / "shared/kuberay-crds"))
-    definition = folder / f"ray.io_{read(file)['kind'].lower()}s.yaml"
+    content = read(file)
+    definition = folder / f"{content['apiVersion'].partition('/')[0]}_{content['kind'].lower()}s.yaml"
     if not definition.is_file():
-        pytest.skip(f"no KubeRay definitions: {definition} is not there; set RAYSAL_CRDS to a folder that holds it")
+        pytest.skip(f"no definition: {definition} is not there; set RAYSAL_CRDS to a folder that holds it")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte of YAML: seconds instead of most of a minute
     versions = yaml.load(definition.read_text(encoding="utf-8"), Loader=loader)["spec"]["versions"]
     [stored] = [version for version in versions if version["storage"]]
     return closed(stored["schema"]["openAPIV3Schema"])
 
 
-@pytest.mark.parametrize("file", RAY_OBJECTS, ids=lambda file: file.name)
-def test_kuberay_takes_it(schema: dict, file: Path) -> None:
+@pytest.mark.parametrize("file", [*RAY_OBJECTS, MONITOR], ids=lambda file: file.name)
+def test_its_operator_takes_it(schema: dict, file: Path) -> None:
     content = read(file)
     schema["properties"]["metadata"] = {"type": "object"}
     taken = jsonschema.Draft7Validator(schema)
