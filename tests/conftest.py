@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")  # timing never decides a test
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
