@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from raysal.errors import ImageError, ResourceError
 from raysal.images import products
+from raysal.images.parts import check_parts
 
 FORMATS = tuple(p.format for p in (JpegImagePlugin.JpegImageFile, PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile))
 """Every other format that pillow knows stays closed: fewer parsers stand between hostile bytes and the machine."""
@@ -21,9 +22,6 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\x00", b"MM\x00*")
 """How JPEG, PNG and TIFF files begin: no label beside them is asked for."""
 
 Image.MAX_IMAGE_PIXELS = None  # pillow's own limit comes before ours, which every image meets before it is decoded, and can't be raised
-
-MAX_SCANS = 50
-"""Of a progressive JPEG; real ones have about ten. Each is a pass over all pixels, and a hostile one costs few bytes."""
 
 MAX_BANDS = 4
 """Of a product, where nobody says otherwise."""
@@ -77,8 +75,7 @@ def decode(data: bytes, max_pixels: int, name: str, label: Label = None, max_ban
             raises.
     """
     try:
-        if data.startswith(SIGNATURES[0]) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-            raise ImageError("limit", f"{name}: a JPEG of {scans} scans, over {MAX_SCANS}; save it again with fewer")
+        check_parts(data, name)
         if products.attached(data):
             return _product(products.read_product(data, None, max_pixels, max_bands, name), borders)
         if label is not None and not data.startswith(SIGNATURES) and (beside := label()) is not None:
@@ -216,6 +213,10 @@ def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
             f"{name}: {image.width} x {image.height} is more than {max_pixels} pixels; "
             "raise data.max_pixels if such images are wanted, or cut it into tiles",
         )
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded whole, however little of it lies in the image
+        width, height = (image.tag_v2.get(tag) or 0 for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+        if width * height > max_pixels:
+            raise ImageError("limit", f"{name}: tiles of {width} x {height} are more than {max_pixels} pixels; save it with smaller ones")
 
 
 def _deep(image: Image.Image) -> products.Samples:

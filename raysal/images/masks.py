@@ -9,6 +9,7 @@ from PIL import Image
 
 from raysal.errors import ImageError
 from raysal.images.decode import bit_depth, open_image
+from raysal.images.parts import check_parts
 
 LOSSLESS = ("PNG", "TIFF")
 
@@ -34,6 +35,7 @@ def decode_mask(data: bytes, max_pixels: int, name: str) -> np.ndarray:
     if data[:3] == b"\xff\xd8\xff":
         raise ImageError("decode", f"{name}: a JPEG mask has blurred values; save masks as one-channel PNG")
     try:
+        check_parts(data, name)
         with open_image(io.BytesIO(data), max_pixels, name, LOSSLESS) as image:
             return _values(image, bit_depth(image, data), name)
     except ImageError:

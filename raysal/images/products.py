@@ -29,11 +29,20 @@ VICAR = b"LBLSIZE="
 MAX_LABEL_BYTES = 2**20
 """Real ones have 10 to 60 kB; on this much, whatever it says, parsers of PDS3 and PDS4 take two seconds."""
 
-MAX_VICAR_LABEL_BYTES = 2**17
-"""As above; the VICAR parser is slow: a hostile label of this size takes it half a minute."""
+VICAR_ITEM = re.compile(rb"(?<![A-Z0-9_])([A-Z][A-Z0-9_]{0,31}) *= *('(?:[^']|'')*'|\([^()]{0,500}\)|[-+.0-9A-Z]{1,40})")
+"""A name and its value: text, a list, a number."""
+
+MAX_ITEM_BYTES = 80
+"""Of a VICAR value; the items that are used are numbers, short words and lists of a few numbers."""
 
 NO_DATA = ("MISSING_CONSTANT", "INVALID_CONSTANT", "CORE_NULL", "NULL", "UNKNOWN_CONSTANT", "NOT_APPLICABLE_CONSTANT")
 """Names of values that stand for no measurement. Saturated pixels are measurements."""
+
+VICAR_ITEMS = (
+    *("FORMAT", "TYPE", "BUFSIZ", "DIM", "RECSIZE", "ORG", "NL", "NS", "NB", "N1", "N2", "N3", "N4", "NBB", "NLB"),
+    *("HOST", "INTFMT", "REALFMT", "BHOST", "BINTFMT", "BREALFMT", "BLTYPE", "COMPRESS", *NO_DATA),
+)
+"""Names of what is used of a VICAR label."""
 
 SPECIAL = 1e30
 """Real numbers beyond this are codes: ISIS and VICAR write no data as about -3.4e38."""
@@ -142,21 +151,34 @@ def _check(layout: Layout, max_pixels: int, max_bands: int, n_bytes: int, name: 
 def _read_vicar(folder: Path, data: bytes, label: bytes | None, check: Check, name: str) -> tuple[np.ndarray, Layout]:
     import vicar  # slow to import, and few archives need it
 
-    size = re.match(rb"LBLSIZE=\s*(\d{1,9})\s", data)
-    if size is None or not 0 < int(size[1]) <= min(len(data), MAX_VICAR_LABEL_BYTES):
+    size, path = re.match(rb"LBLSIZE=\s*(\d{1,9})\s", data), folder / "image.vic"
+    if size is None or not 0 < int(size[1]) <= min(len(data), MAX_LABEL_BYTES):
         raise ImageError("decode", f"{name}: a VICAR file whose label has no size that fits it; fetch it again")
-    (folder / "image.vic").write_bytes(data)
-    found: Any = vicar.VicarLabel.from_file(folder / "image.vic")
+    path.write_bytes(_vicar_label(data, int(size[1])))
+    found: Any = vicar.VicarLabel.from_file(path)
     widths = {"BYTE": 1, "HALF": 2, "WORD": 2, "FULL": 4, "LONG": 4, "REAL": 4, "DOUB": 8}
-    kind = str(found.get("FORMAT", ""))
+    kind, org = str(found.get("FORMAT", "")), str(found.get("ORG", "BSQ"))
     if kind not in widths:
         raise ImageError("decode", f"{name}: VICAR samples of type {kind!r} are no image")
     height, width, bands = (int(found.get(key, 1)) for key in ("NL", "NS", "NB"))
     layout = Layout(height, width, bands, widths[kind], _codes(found))
     check(layout)
-    image: Any = vicar.VicarImage.from_file(folder / "image.vic", strict=False)
-    order = {"BSQ": (0, 1, 2), "BIL": (1, 0, 2), "BIP": (2, 0, 1)}[str(found.get("ORG", "BSQ"))]
+    records = int(found["NLB"]) + height * (width if org == "BIP" else bands)
+    with path.open("ab") as file:
+        file.write(memoryview(data)[int(size[1]) : int(size[1]) + records * int(found["RECSIZE"])])
+    image: Any = vicar.VicarImage.from_file(path, strict=False)
+    order = {"BSQ": (0, 1, 2), "BIL": (1, 0, 2), "BIP": (2, 0, 1)}[org]
     return np.asarray(image.array).transpose(order), layout
+
+
+def _vicar_label(data: bytes, size: int) -> bytes:
+    """A label of the same size with nothing but the items that are used: the parser takes seconds for a few kilobytes of hostile ones."""
+    items: dict[bytes, bytes] = {}
+    for found in VICAR_ITEM.finditer(data[:size].partition(b"\0")[0]):
+        if len(found[2]) <= MAX_ITEM_BYTES:
+            items.setdefault(found[1], found[2])
+    used = [(key.encode(), items[key.encode()]) for key in VICAR_ITEMS if key.encode() in items]
+    return b" ".join([b"LBLSIZE=%d" % size, *(key + b"=" + value for key, value in used)]).ljust(size, b"\0")
 
 
 def _read_pds(folder: Path, data: bytes, label: bytes | None, check: Check, name: str) -> tuple[np.ndarray, Layout]:

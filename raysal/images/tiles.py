@@ -22,18 +22,32 @@ class Span:
     Attributes:
         start, stop: The pixels that it sees.
         low, high: Those of them at which it counts.
-        weight: float32 [stop - start] in [0, 1]; above 0 from low to high.
+        fades: Where it fades in from the tile before and out into the next one, in pixels; infinite where there is none.
+        ramp: Pixels that a fade takes.
     """
 
     start: int
     stop: int
     low: int
     high: int
-    weight: np.ndarray
+    fades: tuple[float, float] = (-math.inf, math.inf)
+    ramp: int = 1
 
     @property
     def seen(self) -> slice:
         return slice(self.start, self.stop)
+
+    @property
+    def weight(self) -> np.ndarray:
+        """float32 [stop - start] in [0, 1]; above 0 from low to high. Made anew each time: a line of pixels has very many tiles."""
+        return _weight(self.start, self.stop, self.fades, self.ramp)
+
+
+def _weight(start: int, stop: int, fades: tuple[float, float], ramp: int) -> np.ndarray:
+    x = np.arange(start, stop) + 0.5
+    rise, fall = (np.clip((x - middle) / ramp + 0.5, 0, 1) for middle in fades)
+    weight: np.ndarray = (rise * (1 - fall)).astype(np.float32)
+    return weight
 
 
 def spans(length: int, side: int, overlap: int) -> list[Span]:
@@ -45,18 +59,15 @@ def spans(length: int, side: int, overlap: int) -> list[Span]:
     if side < 3 * overlap or overlap < 4:
         raise ValueError(f"tiles of {side} px can't overlap by {overlap} px; at least 4 px, at most a third of the side")
     if length <= side:
-        return [Span(0, length, 0, length, np.ones(length, np.float32))]
+        return [Span(0, length, 0, length)]
     n = math.ceil((length - overlap) / (side - overlap))
     starts = [round(k * (length - side) / (n - 1)) for k in range(n)]
     ramp = overlap // 4
     middles = [(a + side + b) / 2 for a, b in pairwise(starts)]
     found = []
-    for start, before, after in zip(starts, [-math.inf, *middles], [*middles, math.inf], strict=True):
-        x = start + np.arange(side) + 0.5
-        rise, fall = (np.clip((x - middle) / ramp + 0.5, 0, 1) for middle in (before, after))
-        weight = (rise * (1 - fall)).astype(np.float32)
-        counts = np.flatnonzero(weight)
-        found.append(Span(start, start + side, start + int(counts[0]), start + int(counts[-1]) + 1, weight))
+    for start, fades in zip(starts, pairwise([-math.inf, *middles, math.inf]), strict=True):
+        counts = np.flatnonzero(_weight(start, start + side, fades, ramp))
+        found.append(Span(start, start + side, start + int(counts[0]), start + int(counts[-1]) + 1, fades, ramp))
     return found
 
 

@@ -65,6 +65,7 @@ class TwoBranch(nn.Module):
         branches: The two smp models; their heads end before the last upsampling, which `forward` does.
         n_classes: Channels of the logits.
         encoder_weights: What was loaded into the encoders, None for random weights.
+        smallest_px: Shorter sides of images are padded to this.
         memory_format: Layout of the images that the branches see; `prepare` sets it.
 
     Raises:
@@ -101,7 +102,7 @@ class TwoBranch(nn.Module):
         self.branches = nn.ModuleList(branches)
         # DPT's decoder halves the grid of patches once.
         self._stride = int(branches[0].encoder.output_stride) * (2 if isinstance(branches[0], smp.DPT) else 1)
-        self._smallest = _SMALLEST_PX.get(type(branches[0]).__name__, 1)
+        self.smallest_px = max(self._stride, _SMALLEST_PX.get(type(branches[0]).__name__, 1))
 
     def freeze_encoders(self) -> None:
         """From here on the encoders keep their weights and batch-norm statistics, in train mode too."""
@@ -184,7 +185,7 @@ class TwoBranch(nn.Module):
         """Float images in units of std around mean, padded to the stride by repeating the border (zeros would draw an edge)."""
         x_BCHW = (images_BCHW.float() - self.mean) / self.std
         height, width = x_BCHW.shape[-2:]
-        bottom, right = (max(self._smallest, math.ceil(n / self._stride) * self._stride) - n for n in (height, width))
+        bottom, right = (max(self.smallest_px, math.ceil(n / self._stride) * self._stride) - n for n in (height, width))
         if bottom or right:
             x_BCHW = F.pad(x_BCHW, (0, right, 0, bottom), mode="replicate")
         return x_BCHW.contiguous(memory_format=self.memory_format)
@@ -351,7 +352,7 @@ def _freeze_unused(model: TwoBranch) -> None:
     """Freezes parameters without influence on the logits, found by one backward pass of a small image in eval mode."""
     was_training = model.training
     model.eval()
-    side = max(64, model._smallest)
+    side = max(64, model.smallest_px)
     with torch.enable_grad():
         z1, z2 = model(torch.zeros(1, 3, side, side, device=model.mean.device))
         (z1.sum() + z2.sum()).backward()

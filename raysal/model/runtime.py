@@ -24,7 +24,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 PIXELS_AT_ONCE = 8 * 2**20
-"""Of tiles that go through an accelerator together."""
+"""That go through an accelerator together, at most; one image or tile goes whatever it counts."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Predictor:
     from 256 px on this is also faster than batches. Accelerators compute whole batches; their last bits may follow the
     batch size.
 
-    Images of more than `model.whole_pixels` go through the network in tiles whose probabilities are blended (`raysal.images.tiles`).
+    Images that count more than `model.whole_pixels` (see `pixels`) go through the network in tiles whose probabilities are blended
+    (`raysal.images.tiles`).
 
     Args:
         model: Put in eval mode and on the device.
@@ -172,7 +173,15 @@ class Predictor:
     def grid(self, size_HW: tuple[int, int]) -> Grid | None:
         """The tiles of images of a size; None where they go through the network whole."""
         model = self.info.model
-        return None if size_HW[0] * size_HW[1] <= model.whole_pixels else Grid.over(size_HW, model.tile_px, model.overlap_px)
+        return None if self.pixels(size_HW) <= model.whole_pixels else Grid.over(size_HW, model.tile_px, model.overlap_px)
+
+    def pixels(self, size_HW: tuple[int, int]) -> int:
+        """How many pixels an image of a size counts: its own, or those that the network sees where these are more.
+
+        A line of pixels is padded to a strip; an `input_scale` above 1 enlarges.
+        """
+        height, width = (max(self.model.smallest_px, round(side * self.info.input_scale)) for side in size_HW)
+        return max(size_HW[0] * size_HW[1], height * width)
 
     def pieces(self, images: Sequence[np.ndarray]) -> Iterator[Iterator[Piece]]:
         """What the model says about each of several images of one size, whole or tile by tile, in the order of the images.
@@ -241,7 +250,8 @@ class Predictor:
     def _each(self, run: Callable[[Tensor], tuple[Tensor, ...]], images: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
         """Runs on a batch [B, 3, H, W] of uint8 images without gradients, as the class promises."""
         batch_BCHW = to_batch(images).to(self.device)
-        parts = self._map(run, [batch_BCHW] if self._threads is None else batch_BCHW.split(1))
+        together = max(1, PIXELS_AT_ONCE // self.pixels(images[0].shape[:2])) if self._threads is None else 1
+        parts = self._map(run, batch_BCHW.split(together))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
 
     def _map(self, run: Callable[[In], Out], inputs: Sequence[In]) -> list[Out]:

@@ -1,5 +1,6 @@
 """From a request to images: bytes, several files in one form, or a URI under a root that the operator opened."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -15,6 +16,7 @@ from raysal.archive.uris import canonical, is_local
 from raysal.errors import ImageError, InputError
 from raysal.images import products
 from raysal.images.decode import FORMATS, SIGNATURES, decode
+from raysal.images.parts import check_parts
 from raysal.serving.problems import Problem
 from raysal.serving.settings import Limits
 
@@ -99,13 +101,14 @@ def look(upload: Upload, most: int) -> int:
     Raises:
         Problem: 422 where it holds several frames; of a JPEG with pictures of its own (MPO) the first counts.
     """
-    try:
+    pixels, several = len(upload.data), False  # of what is no picture; what it is will be said when it is read
+    with contextlib.suppress(Exception):
+        check_parts(upload.data, upload.name)
         with Image.open(io.BytesIO(upload.data), formats=FORMATS) as image:
-            pixels, frames = image.width * image.height, 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except Exception:  # what it is will be said when it is read
-        pixels, frames = len(upload.data), 1
-    if frames > 1:
-        raise Problem(422, f"{upload.name}: holds {frames} frames; send one of them as an image of its own", "frames")
+            pixels = image.width * image.height
+            several = image.format != "MPO" and getattr(image, "is_animated", False)  # frames are not counted: that is a walk over all
+    if several:
+        raise Problem(422, f"{upload.name}: holds several frames; send one of them as an image of its own", "frames")
     return min(most, max(1, pixels))
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from raysal.errors import ImageError
 from raysal.images.decode import decode, decode_image, image_size
 from raysal.images.masks import decode_mask, encode_mask
+from raysal.images.parts import check_parts
 
 LIMIT = 10_000
 RGB = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
@@ -324,3 +325,59 @@ def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ImageError, match="60 scans") as refused:
         decode_image(picture[:-2] + b"\xff\xda" * (60 - picture.count(b"\xff\xda")), LIMIT, "a")
     assert refused.value.status == "limit"
+
+
+def tiff(order: str = "<", **tags: object) -> bytes:
+    """A grey TIFF of 8 x 8 pixels from its directory, for what pillow does not write; values that are lists are stored behind it."""
+    entries = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 277: 1, **{int(tag[1:]): value for tag, value in tags.items()}}
+    behind, start = b"", 8 + 2 + 12 * len(entries) + 4
+    body = b""
+    for tag, value in sorted(entries.items()):
+        values = value if isinstance(value, list) else [value]
+        body += struct.pack(order + "HHL", tag, 4, len(values))
+        body += struct.pack(order + "L", values[0] if len(values) == 1 else start + len(behind))
+        behind += struct.pack(f"{order}{len(values)}L", *values) if len(values) > 1 else b""
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "LH", 8, len(entries))
+    return head + body + struct.pack(order + "L", 0) + behind + bytes(64)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tile_counts_whole_however_little_of_it_lies_in_the_image(order: str) -> None:
+    for side in (32_768, 128):
+        with pytest.raises(ImageError, match=f"tiles of {side} x {side} are more than {LIMIT} pixels") as refused:
+            decode_image(tiff(order, t322=side, t323=side, t324=200, t325=64), LIMIT, "a")
+        assert refused.value.status == "limit"
+
+
+def many(kind: str, n: int) -> bytes:
+    """A picture of n parts that hold nothing."""
+    if kind == "PNG":
+        data = encoded(RGB)
+        return data[:33] + (struct.pack(">I", 0) + b"teXt" + struct.pack(">I", zlib.crc32(b"teXt"))) * n + data[33:]
+    if kind == "TIFF":
+        return tiff(t273=[8] * n, t278=8)
+    data = encoded(RGB, "JPEG")
+    return data[:2] + {"JPEG": b"\xff\xfe\0\2", "padded JPEG": b"\xff"}[kind] * n + data[2:]
+
+
+@pytest.mark.parametrize(("kind", "words"), [("PNG", "chunks"), ("JPEG", "segments"), ("padded JPEG", "segments"), ("TIFF", "strips")])
+def test_a_picture_of_very_many_parts_is_refused_before_they_are_read(kind: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_image(many(kind, 500), LIMIT, "a").shape[2] == 3
+    data = many(kind, 300_000)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("read by pillow"))
+    with pytest.raises(ImageError, match=words) as refused:
+        decode_image(data, LIMIT, "a")
+    assert refused.value.status == "limit"
+    if kind == "PNG":
+        with pytest.raises(ImageError, match=words):
+            decode_mask(data, LIMIT, "a")
+
+
+def test_parts_are_counted_in_big_tiffs_too_and_nothing_is_said_of_damaged_ones() -> None:
+    file = io.BytesIO()
+    Image.fromarray(RGB).save(file, "TIFF", big_tiff=True)
+    check_parts(file.getvalue(), "a")
+    with pytest.raises(ImageError, match="strips"):
+        check_parts(file.getvalue().replace(struct.pack("<HHQ", 273, 4, 1), struct.pack("<HHQ", 273, 4, 2**40)), "a")
+    for data in (b"", b"II", b"MM\0*", b"II*\0" + bytes(4), b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0"):
+        check_parts(data, "a")

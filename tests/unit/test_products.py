@@ -110,6 +110,25 @@ def test_vicar_in_every_order(org: str, kind: str, dtype: str) -> None:
     np.testing.assert_array_equal(found.values_HWB, array_BHW.transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("item", ["A=1 ", "TASK='X' ", "K=(1,1,1) ", "A=(", "A=' ' ", "AB=(1", "A" * 500, "NL = ", "MISSING_CONSTANT=((("])
+def test_a_vicar_label_costs_its_parser_what_is_used_of_it(item: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vicar as library
+
+    given, read = [], library.VicarLabel.from_file
+    monkeypatch.setattr(library.VicarLabel, "from_file", lambda path: given.append(Path(path).read_bytes()) or read(path))
+    array_BHW = np.arange(48, dtype=np.uint8).reshape(1, 6, 8)
+    found = read_product(vicar(array_BHW, "BYTE", more="MISSING_CONSTANT=(7,9) " + item * (100_000 // len(item))), None, LIMIT, 4, "a.vic")
+    assert len(given[0].rstrip(b"\0")) < 600
+    np.testing.assert_array_equal(found.values_HWB[:, :, 0], array_BHW[0])
+    np.testing.assert_array_equal(found.valid_HW, ~np.isin(array_BHW[0], (7, 9)))
+
+
+def test_what_follows_the_pixels_of_a_vicar_file_is_left_out() -> None:
+    array_BHW = np.arange(48, dtype=np.uint8).reshape(1, 6, 8)
+    data = vicar(array_BHW, "BYTE").replace(b"EOL=0", b"EOL=1") + b"LBLSIZE=64 A=1 ".ljust(64, b"\0") + bytes(99)
+    np.testing.assert_array_equal(read_product(data, None, LIMIT, 4, "a.vic").values_HWB[:, :, 0], array_BHW[0])
+
+
 def test_of_many_bands_three_are_used_where_so_many_are_allowed() -> None:
     cube_BHW = np.random.default_rng(3).integers(0, 256, (6, 5, 8), dtype=np.uint8)
     with pytest.raises(ImageError, match=r"6 bands are more than 4; raise data\.max_bands") as caught:

@@ -13,11 +13,14 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from pycocotools import mask as coco
 
 from raysal.datasets.synthetic import scene
 from raysal.images.masks import decode_mask
 from raysal.model.runtime import Predictor
+from raysal.serving.intake import Upload, look
+from raysal.serving.problems import Problem
 from raysal.serving.service import Service
 from raysal.serving.settings import Limits
 from tests.trained import PX
@@ -166,6 +169,19 @@ def test_what_can_not_be_answered_is_a_problem_that_says_what_to_do(trained: Pat
         assert (await http.post("/v1/masks", content=encoded(SCENE))).status_code == 200  # it goes on answering
 
     ask(trained, asked, limits=Limits(max_bytes=1_000_000))
+
+
+def test_a_look_at_an_image_finds_its_size_and_walks_over_no_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(lambda _: pytest.fail("walked over all frames")))
+    broken = bytearray(encoded(SCENE, "TIFF"))
+    at = int.from_bytes(broken[4:8], "little")
+    next_at = at + 2 + 12 * int.from_bytes(broken[at : at + 2], "little")
+    broken[next_at : next_at + 4] = (2**31).to_bytes(4, "little")
+    for data in (animated(), encoded(Image.fromarray(SCENE), "TIFF", save_all=True, append_images=[Image.fromarray(SCENE)]), bytes(broken)):
+        with pytest.raises(Problem, match="several frames"):
+            look(Upload("a", data), 10**9)
+    assert look(Upload("a", encoded(SCENE, "TIFF")), 10**9) == PX * PX
+    assert look(Upload("a", bomb()), 10**6) == 10**6
 
 
 @pytest.mark.parametrize(

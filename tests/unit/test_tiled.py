@@ -61,6 +61,32 @@ def test_pieces_cover_the_image_once_and_agree_with_the_mask(trained: Path, pano
     assert (seen == 1).all()
 
 
+def test_a_line_of_pixels_counts_as_what_the_network_makes_of_it(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network pads it to a strip 32 px wide: a small file must not cost the memory of an image that large."""
+    predictor = tiled(trained, whole_pixels=2**15)
+    assert predictor.grid((180, 180)) is None and predictor.grid((1, 1024)) is None
+    assert predictor.pixels((1, 2000)) == predictor.pixels((2000, 1)) == 64_000
+    half = tiled(trained)
+    half.info = replace(half.info, input_scale=0.5)
+    assert (half.pixels((1, 2000)), half.pixels((64, 64))) == (32_000, 64 * 64)
+    seen: list[int] = []
+    engine = predictor._engine
+    monkeypatch.setattr(predictor, "_engine", lambda x, branches: seen.append(x[0, 0].numel()) or engine(x, branches))
+    for line in (scene(0, 0, PX)[0][:1].repeat(32, axis=1), scene(0, 0, PX)[0][:, :1].repeat(32, axis=0)):
+        assert predictor.masks([line])[0].shape == line.shape[:2]
+    assert max(seen) <= 2**15 and len(seen) > 2
+
+
+def test_an_accelerator_takes_no_more_lines_at_once_than_their_strips_allow(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, seen = Predictor.load(str(trained)), []
+    engine = predictor._engine
+    monkeypatch.setattr(predictor, "_engine", lambda x, branches: seen.append(x[:, 0].numel()) or engine(x, branches))
+    monkeypatch.setattr(predictor, "_threads", None)
+    monkeypatch.setattr("raysal.model.runtime.PIXELS_AT_ONCE", 2**14)
+    assert len(predictor.masks([np.zeros((1, 200, 3), np.uint8)] * 5)) == 5
+    assert max(seen) <= 2**14 and len(seen) == 3
+
+
 def worker_of(kind: type, trained: Path, tmp_path: Path, predictor: Predictor, **score: object):  # type: ignore[no-untyped-def]
     cfg = build(tiny_tree(tmp_path, score={"scores": list(SCORES), **score}))
     info = predictor.info
