@@ -4,6 +4,7 @@ import asyncio
 import html
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
@@ -13,10 +14,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.routing import Match
 
 import raysal
 from raysal.serving import pages
-from raysal.serving.guard import DEADLINE, Guard
+from raysal.serving.guard import DEADLINE, SAFE, Guard, Route
 from raysal.serving.intake import Upload, fetch, paired
 from raysal.serving.problems import STATUSES, TYPE, Problem
 from raysal.serving.service import Done, Service
@@ -24,8 +26,8 @@ from raysal.serving.tokens import Tokens
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
 EXAMPLES = 3
-OPEN = ("/", "/docs", "/openapi.json", "/v1/healthz", "/v1/readyz")
-"""Paths that need no token: they tell nothing of images or models."""
+OPEN = ("/", "/docs", "/openapi.json", "/static/{name}", "/examples/{number}", "/v1/healthz", "/v1/readyz")
+"""What needs no token: it tells nothing of images or models."""
 
 View = Literal["index", "colour", "uncertainty", "entropy"]
 
@@ -83,8 +85,8 @@ def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = Fal
         title="raysal",
         version=raysal.__version__,
         summary="Masks of rover images",
-        description="Every answer names its model (X-Model-Digest) and its request (X-Request-Id). What goes wrong is problem+json "
-        "with a title that says what to do.",
+        description="Answers name their model (X-Model-Digest) and their request (X-Request-Id). What goes wrong is problem+json with "
+        "a title that says what to do.",
         docs_url=None,
         redoc_url=None,
     )
@@ -94,8 +96,16 @@ def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = Fal
     _add_page(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     digest: Callable[[], str] = lambda: service.model.digest if service.model else ""  # noqa: E731
-    open_: Callable[[str], bool] = lambda path: path in OPEN or path.startswith(("/static/", "/examples/"))  # noqa: E731
-    return Guard(app, tokens, service.settings.limits, open_, proxied, digest, service.meters, echoed)
+    return Guard(app, tokens, service.settings.limits, partial(_routed, app), proxied, digest, service.meters, echoed)
+
+
+def _routed(app: FastAPI, scope: Any) -> Route:
+    path, answered = "other", False
+    for route in app.routes:
+        match, _ = route.matches(scope)
+        if match != Match.NONE and not answered:
+            path, answered = getattr(route, "path", "other"), match == Match.FULL
+    return Route(path, answered, path in OPEN and scope["method"] in SAFE)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
