@@ -73,13 +73,14 @@ HEADERS = [
 ]
 
 
-def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = False) -> Any:
+def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = False, replica: str = "") -> Any:
     """The ASGI app.
 
     Args:
         service: What answers.
         tokens: Who may ask.
         proxied, echoed: As in `raysal.serving.guard.Guard`.
+        replica: What Serve calls the replica, where there are several: ``/v1/model`` tells it.
     """
     app = FastAPI(
         title="raysal",
@@ -92,7 +93,7 @@ def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = Fal
     )
     _add_problems(app)
     _add_answers(app, service)
-    _add_state(app, service)
+    _add_state(app, service, replica)
     _add_page(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     digest: Callable[[], str] = lambda: service.model.digest if service.model else ""  # noqa: E731
@@ -165,10 +166,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return Response(await service.encoded(lambda: _json(done, several)), 200, _by(done), "application/json")
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
+def _add_state(app: FastAPI, service: Service, replica: str) -> None:
     @app.get("/v1/model", summary="The model in use", responses=_problems(401, 503))
     async def model() -> dict[str, Any]:
-        return pages.model_card(service.in_use()) | {"refusal": service.refusal}
+        return pages.model_card(service.in_use()) | {"refusal": service.refusal, "replica": replica}
 
     @app.get("/v1/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
