@@ -298,20 +298,6 @@ def test_a_request_is_one_line_of_json_in_the_log_and_no_secret_is(running: Runn
     assert not any(secret in file.read_text(errors="replace") for file in files)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A Chromium that is on this machine."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium; on Debian and Ubuntu: apt install chromium")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync", "--no-first-run"]
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=program, args=quiet)
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.data
 def test_panoramas_have_one_mask_by_curl_the_client_the_page_and_raysal_label(
     running: Running, browser: Any, shared: Path, tmp_path: Path
