@@ -3,8 +3,9 @@
     python benchmarks/hostile.py
 
 `raysal serve` runs as a user runs it. Requests go over raw sockets where a client library would mend them. An answer must have a documented
-status and come within the deadline; after each hundred a good image must get the mask that it had before. Memory of the replicas is
-sampled between the rounds: what is sent in the first round is sent again.
+status, say as problem+json what was wrong, and come within the deadline. What is no HTTP at all is answered by the server's own parser,
+with 400 in plain text. Pages that take no body must say so at once, not wait for one. After each round a good image must get the mask that it
+had before. Memory of the replicas is sampled between the rounds: what is sent in the first round is sent again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from parts.endpoint import endpoint
 from parts.scenes import scenes, untrained
 from PIL import Image
 
-DOCUMENTED = {200, 400, 401, 403, 404, 405, 406, 408, 411, 413, 415, 422, 429, 431, 503}
+from raysal.serving.problems import STATUSES, TYPE
+
+DOCUMENTED = {200, *STATUSES} - {500}
+UNWANTED = {401, 405}
+"""Statuses of a request that brings a body to a page which takes none."""
+
+UNFINISHED = "a body that never ends for"
 PATIENCE_S, UNFINISHED_S = 40.0, 3.0
 
 
@@ -42,6 +49,27 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100_000))) + chunk(b"IEND", b"")
 
 
+def chunks(count: int) -> bytes:
+    """A PNG of one pixel with many chunks that mean nothing."""
+    head, data = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0), zlib.compress(b"\0\0")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + count * chunk(b"tEXt", b"a\0b") + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def tile_bomb(side: int) -> bytes:
+    """A small TIFF of 64 x 64 pixels whose only tile promises side x side."""
+    data = zlib.compress(bytes(64 * 64))
+    tags = [(256, 64), (257, 64), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side), (324, 0), (325, len(data))]
+    at = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, at if tag == 324 else value) for tag, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + data
+
+
+def long_label(size: int) -> bytes:
+    """A VICAR image of one pixel with a label of many entries."""
+    system = f"LBLSIZE={size:<10}FORMAT='BYTE' TYPE='IMAGE' ORG='BSQ' NL=1 NS=1 NB=1 RECSIZE=1 NBB=0 NLB=0 INTFMT='LOW' TASK='A' "
+    return (system + "A='b' " * (size // 6)).encode()[:size] + b"\x40"
+
+
 def saved(image: Image.Image, kind: str, **more: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **more)
@@ -51,7 +79,7 @@ def saved(image: Image.Image, kind: str, **more: object) -> bytes:
 def images(good: bytes, rng: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
     """Bodies that claim to be images."""
     picture = Image.open(io.BytesIO(good)).convert("RGB")
-    turned = Image.Exif()
+    small, turned = picture.resize((4, 4)), Image.Exif()
     turned[274] = 6
     forms = {
         "jpeg": saved(picture, "JPEG"),
@@ -66,6 +94,7 @@ def images(good: bytes, rng: random.Random, count: int) -> Iterator[tuple[str, b
         "float": saved(Image.fromarray(np.full((20, 20), np.nan, np.float32)), "TIFF"),
         "pixel": saved(picture.resize((1, 1)), "PNG"),
         "row": saved(picture.resize((4000, 1)), "PNG"),
+        "column": saved(picture.resize((1, 4000)), "PNG"),
         "progressive": saved(picture, "JPEG", progressive=True),
     }
     frames = {
@@ -84,6 +113,13 @@ def images(good: bytes, rng: random.Random, count: int) -> Iterator[tuple[str, b
         "odl": b"PDS_VERSION_ID = " + b"(" * 50_000,
         "vicar": b"LBLSIZE=99999999  FORMAT='BYTE'",
         "vicar text": b"LBLSIZE=" + b"1" * 1000,
+        "thin": saved(picture.resize((1, 60_000)), "PNG"),
+        "thin and flat": saved(picture.resize((60_000, 1)), "PNG"),
+        "many frames": saved(small, "TIFF", save_all=True, append_images=[small] * 2000),
+        "tile bomb": tile_bomb(32_000),
+        "larger tile bomb": tile_bomb(2**31 - 16),
+        "vicar with a long label": long_label(4_000_000),
+        "many chunks": chunks(200_000),
         "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         "zip": b"PK\x03\x04" + bytes(100),
         "pickle": b"\x80\x04\x95" + bytes(50),
@@ -141,6 +177,10 @@ def raw(host: str, port: int, good: bytes, rng: random.Random, count: int) -> It
     yield "a form without names", sized(multipart, form.replace(b'name="image"; ', b""))
     yield "a form with a hostile name", sized(multipart, form.replace(b"a.png", b"../../../etc/passwd\\x00.png"))
     yield "a form with a name of no text", sized(multipart, form.replace(b"a.png", b"\xff\xfe\xfd.png"))
+    for path in ("/", "/docs", "/openapi.json", "/static/page.js", "/examples/0", "/v1/healthz", "/v1/readyz", "/v1/model"):
+        for whose, header in (("mine", b""), ("a stranger's", b"X-Forwarded-For: 203.0.113.9\r\n")):
+            head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n".encode()
+            yield f"{UNFINISHED} {path}, {whose}", head + header + b"Content-Length: 60000000\r\n\r\n" + good[:100]
     for uri in (
         "file:///etc/passwd",
         "http://169.254.169.254/latest",
@@ -171,8 +211,8 @@ def raw(host: str, port: int, good: bytes, rng: random.Random, count: int) -> It
         yield f"a mutated form {n}", bytes(data)
 
 
-def send(host: str, port: int, request: bytes) -> int:
-    """Status of the answer; 0 where the endpoint hung up without one. Raises TimeoutError where it does neither.
+def send(host: str, port: int, request: bytes) -> tuple[int, str]:
+    """Status and type of the answer; 0 where the endpoint hung up without one. Raises TimeoutError where it does neither.
 
     A request that goes on for longer than anybody waits is broken off, as clients do.
     """
@@ -186,9 +226,25 @@ def send(host: str, port: int, request: bytes) -> int:
                 connection.shutdown(socket.SHUT_WR)
                 answer = connection.recv(65536)
         except (ConnectionResetError, BrokenPipeError):
-            return 0
-    head = answer.split(b" ", 2)
-    return int(head[1]) if len(head) > 2 and head[0].startswith(b"HTTP/") and head[1].isdigit() else 0
+            return 0, ""
+    first, _, rest = answer.partition(b"\r\n\r\n")[0].partition(b"\r\n")
+    words = first.split(b" ", 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        return 0, ""
+    headers = dict(line.lower().split(b": ", 1) for line in rest.split(b"\r\n") if b": " in line)
+    return int(words[1]), headers.get(b"content-type", b"").decode("latin-1")
+
+
+def fault(what: str, status: int, kind: str) -> str | None:
+    """What is wrong with an answer; None: nothing."""
+    if status == 0:
+        return None  # hung up, as a server may on what is no request
+    if status not in DOCUMENTED:
+        return "not documented"
+    if what.startswith(UNFINISHED) and status not in UNWANTED:
+        return "waited for a body that it does not take"
+    unread = status == 400 and kind.startswith("text/plain")  # the HTTP server's own answer to what is no HTTP
+    return None if status == 200 or kind == TYPE or unread else f"no problem but {kind!r}"
 
 
 def main() -> None:
@@ -211,12 +267,12 @@ def main() -> None:
                 response.raise_for_status()
                 return response.content
 
-            def count(what: str, status: int, began: float) -> None:
+            def count(what: str, status: int, kind: str, began: float) -> None:
                 nonlocal slowest
                 slowest = max(slowest, time.perf_counter() - began)
                 statuses[status] += 1
-                if status and status not in DOCUMENTED:
-                    wrong.append(f"{what}: {status}")
+                if bad := fault(what, status, kind):
+                    wrong.append(f"{what}: {status}, {bad}")
 
             first = mask()
             sent = 0
@@ -225,14 +281,12 @@ def main() -> None:
                 for what, body in images(good, rng, mutated):
                     began = time.perf_counter()
                     response = client.post(f"{up.url}/v1/masks", content=body)
-                    count(what, response.status_code, began)
-                    if not response.is_success and response.headers.get("content-type") != "application/problem+json":
-                        wrong.append(f"{what}: {response.status_code} without a problem")
+                    count(what, response.status_code, response.headers.get("content-type", ""), began)
                     sent += 1
                 for what, request in raw(host, int(port), good, rng, mutated // 2):
                     began = time.perf_counter()
                     try:
-                        count(what, send(host, int(port), request), began)
+                        count(what, *send(host, int(port), request), began)
                     except TimeoutError:
                         wrong.append(f"{what}: neither answered nor hung up")
                     sent += 1

@@ -9,6 +9,7 @@ model, and the checks that it makes, run on the same cores.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ from raysal.errors import RaysalError
 from raysal.images.masks import encode_mask
 from raysal.labels import AI4MARS
 from raysal.model import checkpoint as checkpoints
-from raysal.model.checkpoint import ModelInfo
+from raysal.model.checkpoint import ModelInfo, digest_at
 from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
 
@@ -87,8 +89,27 @@ def promote(up: Up, checkpoint: str) -> tuple[int, str]:
     return done.returncode, " ".join(done.stderr.split())[-300:]
 
 
-def beside(up: Up, images: Path, seconds: float, first: int, rate: float, act: Callable[[], object]) -> tuple[list[Answer], list[Answer]]:
-    """Answers to a steady load before something happens, and to requests that were under way while it happened or came within 10 s."""
+@dataclass(frozen=True)
+class Load:
+    """Answers to a steady load, and when something was done meanwhile, seconds of the clock."""
+
+    answers: list[Answer]
+    began: float
+    ended: float
+
+    @property
+    def calm(self) -> list[Answer]:
+        """Those that were there before it."""
+        return [a for a in self.answers[CLIENTS:] if a.asked + a.seconds < self.began]
+
+    @property
+    def during(self) -> list[Answer]:
+        """Those to requests that were under way while it happened, or came within 10 s."""
+        return [a for a in self.answers if a.asked + a.seconds >= self.began and a.asked <= self.ended + 10]
+
+
+def beside(up: Up, images: Path, seconds: float, first: int, rate: float, act: Callable[[], object]) -> Load:
+    """A steady load while something is done."""
     answers: list[Answer] = []
     thread = threading.Thread(target=lambda: answers.extend(load(up, images, CLIENTS, seconds, first, rate)))
     thread.start()
@@ -98,8 +119,17 @@ def beside(up: Up, images: Path, seconds: float, first: int, rate: float, act: C
     ended = time.time()
     thread.join()
     print(f"  took {ended - began:.1f} s of {seconds:g}", flush=True)
-    calm = [a for a in answers[CLIENTS:] if a.asked + a.seconds < began]
-    return calm, [a for a in answers if a.asked + a.seconds >= began and a.asked <= ended + 10]
+    if not answers or max(a.asked for a in answers) <= ended:
+        raise SystemExit(f"the load was over before what happened beside it, which took {ended - began:.0f} s: give it longer, --seconds")
+    return Load(answers, began, ended)
+
+
+def check_swapped(swapped: Load, old: str, new: str) -> None:
+    """Ends the program where the answers do not show both models, and the new one alone once the promotion was over."""
+    good = [a for a in swapped.answers if a.status == 200]
+    after = {a.digest for a in good if a.asked > swapped.ended}
+    if {a.digest for a in good} != {old, new} or after != {new}:
+        raise SystemExit(f"no swap was seen: {dict(Counter(a.digest for a in good))}, after it {after}")
 
 
 def failures(answers: list[Answer]) -> dict[int, int]:
@@ -112,7 +142,7 @@ def p99(answers: list[Answer]) -> float:
 
 
 class Retrying(threading.Thread):
-    """Clients of `raysal.client` that ask without a pause until they are told to stop."""
+    """A client of `raysal.client` that asks without a pause until it is told to stop."""
 
     def __init__(self, up: Up, files: list[Path]) -> None:
         super().__init__()
@@ -120,7 +150,7 @@ class Retrying(threading.Thread):
         self.answered, self.failed = 0, list[str]()
 
     def run(self) -> None:
-        for file in self.files:
+        for file in itertools.cycle(self.files):
             if self.over.is_set():
                 return
             try:
@@ -142,6 +172,7 @@ def main() -> None:
         scratch = Path(name)
         first = untrained(scratch / "first", px, args.encoder)
         places = others(scratch, first, px, args.encoder)
+        old, new = digest_at(first), digest_at(places["good"])
         files = pictures(scratch / "images", 1000 if args.quick else 6000, px)
         gate = reference(scratch / "reference", first, files[:REFERENCE_IMAGES])
         with endpoint(first, "--replicas", "2", "--reference", str(gate)) as up:
@@ -149,36 +180,45 @@ def main() -> None:
             full = [a for a in load(up, scratch / "images", CLIENTS, 20.0, 200) if a.status == 200]
             rate = args.share * len(full) / (max(a.asked + a.seconds for a in full) - min(a.asked for a in full))
             said: list[tuple[int, str]] = []
-            calm, swapped = beside(up, scratch / "images", seconds, 1000, rate, lambda: said.append(promote(up, places["good"])))
-            assert said[0][0] == 0, said
+            swap = beside(up, scratch / "images", seconds, len(files) // 6, rate, lambda: said.append(promote(up, places["good"])))
+            if said[0][0] != 0:
+                raise SystemExit(f"the good model was refused: {said[0][1]}")
+            check_swapped(swap, old, new)
             refusals = {name: promote(up, places[name]) for name in ("damaged", "other classes", "worse")}
             victim = max(up.processes(), key=lambda p: p.cpu_times().user)
-            retrying = [Retrying(up, files[3000 + 400 * k : 3400 + 400 * k]) for k in range(3)]
+            own = len(files) // 15
+            retrying = [Retrying(up, files[len(files) // 2 + own * k :][:own]) for k in range(3)]
             for client in retrying:
                 client.start()
 
             def kill() -> None:
                 victim.send_signal(signal.SIGKILL)
+                victim.wait(60)
                 while len(up.processes()) < 2:
                     time.sleep(0.5)
 
-            _, killed = beside(up, scratch / "images", seconds / 2, 4500, rate, kill)
+            killed = beside(up, scratch / "images", seconds / 2, len(files) * 3 // 4, rate, kill).during
             for client in retrying:
                 client.over.set()
                 client.join()
+    if not all(client.answered for client in retrying):
+        raise SystemExit(f"retrying clients got no answer: {[client.failed[:3] for client in retrying]}")
+    calm, swapped = swap.calm, swap.during
+    by_model = dict(Counter((a.digest or "")[:12] for a in swapped))
     lost, swap_lost = failures(killed), failures(swapped)
     claims = [
         Claim("swap with two replicas: requests that failed", sum(swap_lost.values()), 0, "lower", ""),
         Claim("swap: p99 of answers during / before", p99(swapped) / p99(calm), 2.0, "lower", "x"),
         Claim("bad models refused (damaged, other classes, worse)", sum(c == REFUSED for c, _ in refusals.values()), 3, "higher", ""),
         Claim("a replica killed: requests without retry that failed", sum(lost.values()), CLIENTS, "lower", ""),
-        Claim("a replica killed: answers that a retrying client did not get", sum(len(c.failed) for c in retrying), 0, "lower", ""),
+        Claim("a replica killed: answers that retrying clients did not get", sum(len(c.failed) for c in retrying), 0, "lower", ""),
     ]
     notes = (
         f"DeepLabV3+ with {args.encoder}, {px} px, 2 replicas, {os.cpu_count()} cores; locust and the command run on the same ones. "
         f"{rate:.1f} requests/s, {args.share:g} of what it can do. Before: {len(calm)} answers, p99 {p99(calm):.2f} s; during: "
         f"{len(swapped)}, p99 {p99(swapped):.2f} s, failed {swap_lost}. Killed: {len(killed)} answers, failed {lost}; retrying clients "
-        f"got {sum(c.answered for c in retrying)}.\n\n" + "\n".join(f"- {name}: {text}" for name, (_, text) in refusals.items())
+        f"got {sum(c.answered for c in retrying)}. Answers by model during the swap: {by_model}; "
+        f"after it the new one's alone.\n\n" + "\n".join(f"- {name}: {text}" for name, (_, text) in refusals.items())
     )
     write("hot_swap", "Another model while the endpoint answers", claims, args.out, notes, {"SCRATCH": scratch})
 

@@ -97,7 +97,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         checkpoint = untrained(scratch / "checkpoint", px, args.encoder)
-        files, at = pictures(scratch / "images", each * pairs * 4 + int(250 * seconds * pairs), px), 0
+        files, at = pictures(scratch / "images", each, px), 0
+        fastest = (os.cpu_count() or 1) / statistics.median(bare(checkpoint, files)[5:])  # images/s that no endpoint can exceed
+        loads = len(PROXIES) * pairs + 1  # of 16 clients, and one for the last `raysal label`
+        files += pictures(scratch / "images", 3 * each * pairs + int(1.5 * fastest * seconds * loads), px, first=each)
         for _ in range(pairs):
             alone.append(statistics.median(bare(checkpoint, files[at : at + each])[5:]))
             for proxy in PROXIES:
@@ -107,6 +110,8 @@ def main() -> None:
                     found, n = online(up, scratch / "images", seconds, at + each)
                 rate[proxy].append(found)
                 at += n
+            if at + n > len(files):
+                raise SystemExit(f"{len(files)} images are too few: some would come twice")
             label.append(offline(checkpoint, files[at - n : at + n], scratch))
     claims = []
     for proxy in PROXIES:

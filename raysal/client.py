@@ -220,8 +220,14 @@ class Endpoint:
 
 
 def _may_pass(response: httpx.Response) -> bool:
-    """Whether another try may do. A 500 without a problem is not the endpoint's but its proxy's: the replica died over the request."""
-    return response.status_code in AGAIN or (response.status_code == 500 and not _problem(response))
+    """Whether another try may do.
+
+    A 500 without a problem is not the endpoint's but its proxy's: the replica died over the request. An image that took longer than its
+    deadline would do so again.
+    """
+    problem = _problem(response)
+    again = response.status_code in AGAIN or (response.status_code == 500 and not problem)
+    return again and (response.status_code, problem.get("reason")) != (408, "deadline")
 
 
 def _pause(attempt: int, last: httpx.Response | Exception | None) -> float:

@@ -71,15 +71,21 @@ def endpoint(checkpoint: str, *options: str, haproxy: bool = False) -> Iterator[
             f"RAY_SERVE_HAPROXY_{name}": f"{place}/{name.lower()}" for name in ("SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH")
         }
         more["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = place
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | more)
+    said = Path(place) / "said"
+    with open(said, "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | more)
     assert process.stdout is not None
     try:
-        told = json.loads(process.stdout.readline())
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the endpoint ended with status {process.wait()} before it was up: {said.read_text()[-2000:].strip()}")
+        told = json.loads(line)
         up = Up(told["url"], told["dashboard"], process.pid, token)
         up.replicas = {p.pid for p in up.processes()}
         yield up
     finally:
-        process.send_signal(signal.SIGINT)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
         try:
             process.wait(180)
         except subprocess.TimeoutExpired:
@@ -89,20 +95,36 @@ def endpoint(checkpoint: str, *options: str, haproxy: bool = False) -> Iterator[
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: when it was asked for (seconds of the clock), how long it took, its status (0: none), and its Retry-After."""
+    """One answer.
+
+    Attributes:
+        asked: When, seconds of the clock.
+        seconds: How long it took.
+        status: 0: none.
+        retry_after: The header, where there is one.
+        digest: Of the model that answered, where it is told.
+    """
 
     asked: float
     seconds: float
     status: int
     retry_after: str | None
+    digest: str | None
 
 
-def pictures(folder: Path, count: int, px: int) -> list[Path]:
-    """JPEG files, all different: a few scenes, shifted. An endpoint remembers what it said of an image, so none may come twice."""
-    scenes, rng = [scene(0, n, px)[0] for n in range(24)], np.random.default_rng(0)
-    folder.mkdir()
+def pictures(folder: Path, count: int, px: int, first: int = 0) -> list[Path]:
+    """JPEG files, all different: a few scenes, shifted. An endpoint remembers what it said of an image, so none may come twice.
+
+    Args:
+        folder: Is made.
+        count: How many.
+        px: Their side.
+        first: Number of the first, where there are some already.
+    """
+    scenes, rng = [scene(0, n, px)[0] for n in range(24)], np.random.default_rng(first)
+    folder.mkdir(exist_ok=True)
     files = []
-    for n in range(count):
+    for n in range(first, first + count):
         image = np.roll(scenes[n % len(scenes)], tuple(rng.integers(0, px, 2)), axis=(0, 1))
         files.append(folder / f"{n:06d}.jpg")
         Image.fromarray(image).save(files[-1], quality=90)
@@ -129,4 +151,29 @@ def load(up: Up, images: Path, clients: int, seconds: float, first: int = 0, rat
         done = subprocess.run(command, env=os.environ | {k: str(v) for k, v in about.items()}, capture_output=True, text=True)
         if not notes.exists():
             raise SystemExit(f"locust did not run ({done.stderr.strip()[-400:]}); pip install -e '.[bench]'")
-        return [Answer(*json.loads(line)) for line in notes.read_text().splitlines()]
+        return noted(notes)
+
+
+@contextmanager
+def probing(up: Up, images: Path, first: int, rate: float, notes: Path) -> Iterator[None]:
+    """Lets a process of its own ask about `rate` times a second, and write its answers down.
+
+    Args:
+        up: The endpoint, without a token.
+        images: Folder that it takes images from, in turn.
+        first: The image to begin with.
+        rate: Requests a second, at most: each is waited for.
+        notes: For its answers, see `noted`.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("prober.py")), up.url, str(images), str(notes), str(first), str(1 / rate)]
+    process = subprocess.Popen(command)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def noted(notes: Path) -> list[Answer]:
+    """Answers that a process has written down, one a line."""
+    return [Answer(*json.loads(line)) for line in notes.read_text().splitlines()]

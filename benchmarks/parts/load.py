@@ -12,7 +12,7 @@ from pathlib import Path
 import gevent
 from locust import FastHttpUser, constant_pacing, task
 
-IMAGES = [path.read_bytes() for path in sorted(Path(os.environ["LOAD_IMAGES"]).iterdir())]
+FILES = sorted(Path(os.environ["LOAD_IMAGES"]).iterdir())
 NOTES = open(os.environ["LOAD_NOTES"], "a", buffering=1)  # noqa: SIM115 - until the process ends
 PACE_S = float(os.environ["LOAD_PACE_S"])
 HEADERS = {"Authorization": f"Bearer {token}"} if (token := os.environ["LOAD_TOKEN"]) else {}
@@ -33,11 +33,10 @@ class Client(FastHttpUser):
     @task
     def ask(self) -> None:
         """One image, another one each time."""
-        image = IMAGES[next(NEXT) % len(IMAGES)]
+        image = FILES[next(NEXT) % len(FILES)].read_bytes()
         began, clock = time.perf_counter(), time.time()
         with self.client.post("/v1/masks", data=image, headers=HEADERS, catch_response=True) as response:
             seconds = time.perf_counter() - began
             response.success()  # what a status means is for whoever reads the notes
-        NOTES.write(
-            json.dumps([clock, seconds, response.status_code, response.headers.get("Retry-After") if response.headers else None]) + "\n"
-        )
+        headers = response.headers or {}
+        NOTES.write(json.dumps([clock, seconds, response.status_code, headers.get("Retry-After"), headers.get("X-Model-Digest")]) + "\n")

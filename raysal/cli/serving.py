@@ -24,6 +24,19 @@ Precision = Annotated[
     float | None, typer.Option(help="Pixels abstain (255) unless their class, at their confidence, was right that often on val.")
 ]
 Digest = Annotated[str | None, typer.Option(help="sha256 that the checkpoint must have, or 12 digits of it or more.")]
+Tokens = Annotated[Path | None, typer.Option(help="File whose first line is the endpoint's bearer token; or set RAYSAL_TOKENS.")]
+
+
+def _token(tokens: Path | None) -> str | None:
+    """The first token of a file, or of the environment. Raises ConfigError where the file can't be read."""
+    from raysal.archive.uris import read_bytes
+    from raysal.serving.tokens import ENVIRONMENT, tokens_in
+
+    try:
+        text = os.environ.get(ENVIRONMENT, "").replace(",", "\n") if tokens is None else read_bytes(str(tokens)).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--tokens {tokens}: can't be read ({error}); give a text file with one token a line") from error
+    return next(iter(tokens_in(text)), None)
 
 
 def _checked(kind: Callable[..., Made], **values: Any) -> Made:
@@ -113,6 +126,8 @@ def promote(
     dashboard: Annotated[str, typer.Option(help="Address of the cluster's dashboard.")] = DASHBOARD,
     precision: Precision = None,
     digest: Digest = None,
+    url: Annotated[str | None, typer.Option(help="Address of the endpoint, to ask its replicas; left out: where Serve listens.")] = None,
+    tokens: Tokens = None,
     json_: Json = False,
 ) -> None:
     """Puts another checkpoint into use while the endpoint answers; one that is damaged, of other classes or worse is refused.
@@ -129,7 +144,7 @@ def promote(
 
     ui, uri = Ui(json_), absolute(checkpoint)
     spec = _checked(ModelSpec, checkpoint=uri, digest=digest or digest_at(uri), precision=precision)
-    found = local.promote(spec, dashboard, ui.say)
+    found = local.promote(spec, dashboard, ui.say, url=url, token=_token(tokens))
     ui.result({"checkpoint": uri, "digest": spec.digest, "found": found}, f"{uri} answers now, digest {(spec.digest or '')[:12]}: {found}")
 
 
@@ -138,7 +153,7 @@ def ask(
     images: Annotated[Path, typer.Argument(help="Folder of images; all below it are asked for.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks: a/b.jpg becomes a/b.png.")],
     url: Annotated[str, typer.Option(help="Address of the endpoint.")] = "http://127.0.0.1:8000",
-    tokens: Annotated[Path | None, typer.Option(help="File whose first line is the bearer token; or set RAYSAL_TOKENS.")] = None,
+    tokens: Tokens = None,
     at_once: Annotated[int, typer.Option(min=1, help="Requests under way.")] = 8,
     json_: Json = False,
 ) -> None:
@@ -146,16 +161,9 @@ def ask(
 
     Example: raysal serve ask downlink/ --out masks
     """
-    from raysal.archive.uris import read_bytes
     from raysal.client import Endpoint
-    from raysal.serving.tokens import ENVIRONMENT, tokens_in
 
-    try:
-        text = os.environ.get(ENVIRONMENT, "").replace(",", "\n") if tokens is None else read_bytes(str(tokens)).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--tokens {tokens}: can't be read ({error}); give a text file with one token a line") from error
-    token = next(iter(tokens_in(text)), None)
-    ui = Ui(json_)
+    token, ui = _token(tokens), Ui(json_)
     with ui:
         ui.stage(None, "ask", "start", 0)
         failed = Endpoint(url, token).save_masks(images, out, at_once, ui.progress)

@@ -4,6 +4,7 @@ import asyncio
 import html
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
@@ -13,10 +14,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.routing import Match
 
 import raysal
 from raysal.serving import pages
-from raysal.serving.guard import DEADLINE, Guard
+from raysal.serving.guard import DEADLINE, SAFE, Guard, Route
 from raysal.serving.intake import Upload, fetch, paired
 from raysal.serving.problems import STATUSES, TYPE, Problem
 from raysal.serving.service import Done, Service
@@ -24,8 +26,8 @@ from raysal.serving.tokens import Tokens
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
 EXAMPLES = 3
-OPEN = ("/", "/docs", "/openapi.json", "/v1/healthz", "/v1/readyz")
-"""Paths that need no token: they tell nothing of images or models."""
+OPEN = ("/", "/docs", "/openapi.json", "/static/{name}", "/examples/{number}", "/v1/healthz", "/v1/readyz")
+"""What needs no token: it tells nothing of images or models."""
 
 View = Literal["index", "colour", "uncertainty", "entropy"]
 
@@ -71,31 +73,40 @@ HEADERS = [
 ]
 
 
-def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = False) -> Any:
+def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = False, replica: str = "") -> Any:
     """The ASGI app.
 
     Args:
         service: What answers.
         tokens: Who may ask.
         proxied, echoed: As in `raysal.serving.guard.Guard`.
+        replica: What Serve calls the replica, where there are several: ``/v1/model`` tells it.
     """
     app = FastAPI(
         title="raysal",
         version=raysal.__version__,
         summary="Masks of rover images",
-        description="Every answer names its model (X-Model-Digest) and its request (X-Request-Id). What goes wrong is problem+json "
-        "with a title that says what to do.",
+        description="Answers name their model (X-Model-Digest) and their request (X-Request-Id). What goes wrong is problem+json with "
+        "a title that says what to do.",
         docs_url=None,
         redoc_url=None,
     )
     _add_problems(app)
     _add_answers(app, service)
-    _add_state(app, service)
+    _add_state(app, service, replica)
     _add_page(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     digest: Callable[[], str] = lambda: service.model.digest if service.model else ""  # noqa: E731
-    open_: Callable[[str], bool] = lambda path: path in OPEN or path.startswith(("/static/", "/examples/"))  # noqa: E731
-    return Guard(app, tokens, service.settings.limits, open_, proxied, digest, service.meters, echoed)
+    return Guard(app, tokens, service.settings.limits, partial(_routed, app), proxied, digest, service.meters, echoed)
+
+
+def _routed(app: FastAPI, scope: Any) -> Route:
+    path, answered = "other", False
+    for route in app.routes:
+        match, _ = route.matches(scope)
+        if match != Match.NONE and not answered:
+            path, answered = getattr(route, "path", "other"), match == Match.FULL
+    return Route(path, answered, path in OPEN and scope["method"] in SAFE)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
@@ -155,10 +166,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return Response(await service.encoded(lambda: _json(done, several)), 200, _by(done), "application/json")
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
+def _add_state(app: FastAPI, service: Service, replica: str) -> None:
     @app.get("/v1/model", summary="The model in use", responses=_problems(401, 503))
     async def model() -> dict[str, Any]:
-        return pages.model_card(service.in_use()) | {"refusal": service.refusal}
+        return pages.model_card(service.in_use()) | {"refusal": service.refusal, "replica": replica}
 
     @app.get("/v1/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:

@@ -6,21 +6,23 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 
 from raysal.serving.app import make_app
+from raysal.serving.batches import Batches
 from raysal.serving.intake import check_roots
 from raysal.serving.meters import ServeMeters
-from raysal.serving.problems import Problem
-from raysal.serving.service import BATCH_PIXELS, Done, Service, Work, batch_pixels
+from raysal.serving.service import BATCH_PIXELS, Service, batch_pixels
 from raysal.serving.settings import ModelSpec, Settings
 from raysal.serving.tokens import Tokens
 
 NAME = "Endpoint"
 PLACES = 4
-"""Requests that Serve lets through for each that a replica answers, so that the replica itself can turn away the rest at once."""
+"""Requests that Serve lets through for each that a replica answers: there is room for bodies on their way, and the replica itself can turn
+away the rest at once. Config files for several nodes say less: there Serve must know when a replica is full, to try another node's."""
 
-GPU_WAIT_S = 0.005
-"""How long a GPU's batch waits for more images."""
+GPU_BATCHES = 2
+"""Batches of a GPU at once: one is prepared or read back while the other is computed."""
 
 
 @serve.deployment(name=NAME, max_queued_requests=256, health_check_period_s=10, graceful_shutdown_timeout_s=90)
@@ -37,21 +39,14 @@ class Endpoint:
         check_roots(made.roots)
         self.service = Service(made, ServeMeters())
         self.tokens = Tokens(made.tokens_file)
-        service = self.service
-
-        async def forward(works: list[Work]) -> list[Done | Problem]:
-            return await service.forward(works)
-
-        # CPUs run an image a thread, so a batch is one image there and several batches run at once.
-        self.service.batched = serve.batch(
-            max_batch_size=BATCH_PIXELS if made.use_gpu else 1,
-            batch_wait_timeout_s=GPU_WAIT_S if made.use_gpu else 0.0,
-            max_concurrent_batches=2 if made.use_gpu else service.threads,
-            batch_size_fn=batch_pixels if made.use_gpu else None,
-        )(forward)
+        forward = self.service.forward
+        if made.use_gpu:
+            self.service.batched = Batches(forward, lambda works: batch_pixels(works) <= BATCH_PIXELS, GPU_BATCHES).answer
+        else:  # CPUs run an image a thread, so a batch is one image there and several batches run at once
+            self.service.batched = Batches(forward, lambda works: len(works) == 1, self.service.threads).answer
 
     def __serve_build_asgi_app__(self) -> object:
-        return make_app(self.service, self.tokens, proxied=behind_haproxy(), echoed=True)
+        return make_app(self.service, self.tokens, behind_haproxy(), echoed=True, replica=serve.get_replica_context().replica_tag)
 
     async def reconfigure(self, user_config: dict) -> None:
         """A hot swap.
@@ -83,5 +78,6 @@ def build(args: Settings) -> Application:
     return endpoint.options(
         user_config=settings.first.model_dump(),
         max_ongoing_requests=PLACES * settings.limits.in_flight,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=settings.limits.retry_after_s),
         ray_actor_options={"num_cpus": 1, "num_gpus": 1} if settings.use_gpu else {"num_cpus": max(1, settings.threads)},
     ).bind(settings.model_dump())

@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from raysal.serving.meters import Meters
 from raysal.serving.problems import Problem
@@ -37,6 +37,24 @@ SECURITY = {
 }
 
 
+SAFE = ("GET", "HEAD", "OPTIONS")
+"""Methods that bring no body: they take no place."""
+
+
+class Route(NamedTuple):
+    """What a request is for.
+
+    Attributes:
+        path: As the app names it, "other" where it has no such page: not what the client wrote, which metrics would grow with.
+        answered: Whether the app answers that method there.
+        open: Whether it is answered without a token.
+    """
+
+    path: str
+    answered: bool
+    open: bool
+
+
 class Guard:
     """An ASGI app around another.
 
@@ -44,9 +62,9 @@ class Guard:
         app: What answers.
         tokens: Who may ask.
         limits: What a request may take.
-        open_: Whether a path is answered without a token.
+        routed: What a request, by its ASGI scope, is for.
         proxied: Whether all clients seem to be on this machine, because a proxy there takes the connections.
-        digest: Of the model in use, which every answer names.
+        digest: Of the model in use, which every answer to those who may ask names.
         meters: Count what happened.
         echoed: Whether the server in front puts the request's id on every answer itself, as Ray Serve does.
     """
@@ -56,14 +74,15 @@ class Guard:
         app: App,
         tokens: Tokens,
         limits: Limits,
-        open_: Callable[[str], bool],
+        routed: Callable[[Any], Route],
         proxied: bool,
         digest: Callable[[], str],
         meters: Meters,
         echoed: bool = False,
     ) -> None:
-        self.app, self.tokens, self.limits, self.open, self.proxied = app, tokens, limits, open_, proxied
-        self.digest, self.meters, self.echoed, self.in_flight = digest, meters, echoed, 0
+        self.app, self.tokens, self.limits, self.routed, self.proxied = app, tokens, limits, routed, proxied
+        self.digest, self.meters, self.echoed = digest, meters, echoed
+        self.uploads, self.in_flight = 0, 0
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -73,10 +92,11 @@ class Guard:
             await send({"type": "websocket.close", "code": 1003})
             return
         started, headers = time.perf_counter(), _headers(scope)
-        answer = _Answer(send, self._request_id(headers), self.digest, self.echoed)
+        route = self.routed(scope)
+        answer = _Answer(send, self._request_id(headers), self.echoed)
         scope["state"] = {**scope.get("state", {}), "request_id": answer.request_id}
         try:
-            await self._serve(scope, headers, receive, answer)
+            await self._serve(scope, route, headers, receive, answer)
         except Problem as problem:
             await answer.problem(problem, scope, receive)
         except asyncio.CancelledError:
@@ -87,30 +107,39 @@ class Guard:
             title = f"something failed here ({type(error).__name__}); tell the operator this request's id: {answer.request_id}"
             await answer.problem(Problem(500, title, "bug"), scope, receive)
         finally:
-            self._note(scope, answer, time.perf_counter() - started)
+            self._note(scope, route.path, answer, time.perf_counter() - started)
 
-    async def _serve(self, scope: Any, headers: Mapping[str, str], receive: Receive, answer: "_Answer") -> None:
-        path = scope["path"]
-        if not self.open(path):
+    async def _serve(self, scope: Any, route: Route, headers: Mapping[str, str], receive: Receive, answer: "_Answer") -> None:
+        if not route.open:
             client = scope.get("client")
             self.tokens.check(headers, client[0] if client else None, self.proxied)
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            answer.digest = self.digest
+        if scope["method"] in SAFE or not route.answered:  # a page of its own says 404 or 405, and no body is read for it
             await self.app(scope, receive, answer.send)
             return
-        if self.in_flight >= self.limits.in_flight:
-            wait = {"Retry-After": str(self.limits.retry_after_s)}
-            raise Problem(429, f"{self.in_flight} requests are being answered already; come back after Retry-After seconds", "busy", wait)
+        self._turn_away(self.in_flight, self.limits.in_flight, "answered")
+        self._turn_away(self.uploads, self.limits.uploads, "received")
+        self.uploads += 1
+        try:
+            body = await self._body(headers, receive)
+        finally:
+            self.uploads -= 1
+        if body is None:
+            answer.status = GONE
+            return
+        self._turn_away(self.in_flight, self.limits.in_flight, "answered")
         self.in_flight += 1
         self.meters.in_flight(self.in_flight)
         try:
-            body = await self._body(headers, receive)
-            if body is None:
-                answer.status = GONE
-                return
             await self._answered(scope, headers, body, receive, answer)
         finally:
             self.in_flight -= 1
             self.meters.in_flight(self.in_flight)
+
+    def _turn_away(self, requests: int, most: int, how: str) -> None:
+        if requests >= most:
+            wait = {"Retry-After": str(self.limits.retry_after_s)}
+            raise Problem(429, f"{requests} requests are being {how} already; come back after Retry-After seconds", "busy", wait)
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes | None:
         """The whole body, within its limits; None where the client went away."""
@@ -178,9 +207,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
-    def _note(self, scope: Any, answer: "_Answer", seconds: float) -> None:
-        route = scope.get("route")
-        path = getattr(route, "path", None) or "other"  # not what the client wrote: metrics would grow with it
+    def _note(self, scope: Any, path: str, answer: "_Answer", seconds: float) -> None:
         self.meters.request(path, answer.status, seconds)
         reason = answer.reason or scope["state"].get("reason", "")  # the guard's own, or that of a page
         if reason:
@@ -193,15 +220,16 @@ class Guard:
 class _Answer:
     """What is sent, with the headers that every answer has."""
 
-    def __init__(self, send: Send, request_id: str, digest: Callable[[], str], echoed: bool) -> None:
-        self._send, self.request_id, self._digest, self._echoed = send, request_id, digest, echoed
+    def __init__(self, send: Send, request_id: str, echoed: bool) -> None:
+        self._send, self.request_id, self._echoed = send, request_id, echoed
+        self.digest: Callable[[], str] = str  # none, until the client has shown that it may ask
         self.status, self.reason, self.begun = 0, "", False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun, self.status = True, message["status"]
             own = {name for name, _ in message["headers"]}
-            more = SECURITY | {"x-request-id": "" if self._echoed else self.request_id, "x-model-digest": self._digest()}
+            more = SECURITY | {"x-request-id": "" if self._echoed else self.request_id, "x-model-digest": self.digest()}
             message["headers"] = [*message["headers"], *((n.encode(), v.encode()) for n, v in more.items() if v and n.encode() not in own)]
         await self._send(message)
 

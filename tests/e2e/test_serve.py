@@ -15,6 +15,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,9 +74,9 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    root = tmp_path_factory.mktemp("serve")
+@contextmanager
+def serving(root: Path, *options: str) -> Iterator[Running]:
+    """An endpoint of its own, whose images may be named by URI."""
     images = root / "images"
     images.mkdir()
     for i in range(6):
@@ -82,8 +84,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--port", str(port), "--replicas", "2", "--root", str(images), "--json"]
-    command = [sys.executable, "-m", "raysal", "serve", str(checkpoint(root / "first", 0)), *options]
+    command = [sys.executable, "-m", "raysal", "serve", str(checkpoint(root / "first", 0))]
+    command += ["--port", str(port), "--root", str(images), "--json", *options]
     with open(root / "said", "w") as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment())
     try:
@@ -99,6 +101,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(tmp_path_factory.mktemp("serve"), "--replicas", "2") as up:
+        yield up
 
 
 class Load:
@@ -214,6 +222,24 @@ def test_a_replica_that_is_killed_costs_a_retrying_client_nothing(running: Runni
     assert len(replicas()) == 2
 
 
+def test_what_was_accepted_is_answered_before_it_ends(tmp_path: Path) -> None:
+    image_HWC = np.tile(scene(0, 1, SIDE)[0], (16, 16, 1))
+    files = [tmp_path / f"{k}.png" for k in range(6)]
+    for k, file in enumerate(files):
+        Image.fromarray(np.roll(image_HWC, k, axis=1)).save(file)
+    with serving(tmp_path) as up, ThreadPoolExecutor(len(files)) as clients:
+        began = time.monotonic()
+        Endpoint(up.url).mask(files[0])
+        alone_s = time.monotonic() - began
+        asked = [clients.submit(Endpoint(up.url, tries=1).mask, file) for file in files]
+        time.sleep(min(1.0, alone_s))
+        under_way = sum(not answer.done() for answer in asked)
+        up.process.send_signal(signal.SIGINT)
+        masks = [answer.result() for answer in asked]
+        assert under_way and all(mask_HW.shape == image_HWC.shape[:2] for mask_HW in masks)
+        assert up.process.wait(180) == 0
+
+
 def test_it_keeps_to_its_own_description(running: Running) -> None:
     """Requests that schemathesis makes up from /openapi.json, good and bad ones: no failure, no status that is not described."""
     schemathesis = pytest.importorskip("schemathesis", reason="no schemathesis; pip install 'raysal[test]'")
@@ -270,20 +296,6 @@ def test_a_request_is_one_line_of_json_in_the_log_and_no_secret_is(running: Runn
     assert [(m["request_id"], m["path"], m["status"]) for m in mine] == [(request_id, "/v1/masks", 200)], mine
     assert mine[0]["seconds"] > 0
     assert not any(secret in file.read_text(errors="replace") for file in files)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A Chromium that is on this machine."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium; on Debian and Ubuntu: apt install chromium")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync", "--no-first-run"]
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=program, args=quiet)
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.data

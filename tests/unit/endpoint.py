@@ -38,12 +38,20 @@ TURNED = Image.Exif()
 TURNED[274] = 6  # the camera was held upright
 
 
-def ask(checkpoint: Path, asked: Asked, client: str = "127.0.0.1", tokens: str = "", host: str = "127.0.0.1", **settings: object) -> None:
+def ask(
+    checkpoint: Path,
+    asked: Asked,
+    client: str = "127.0.0.1",
+    tokens: str = "",
+    host: str = "127.0.0.1",
+    meters: Meters | None = None,
+    **settings: object,
+) -> None:
     """Runs some requests against an endpoint of its own."""
 
     async def run() -> None:
         made = Settings(checkpoint=str(checkpoint), runtime=EAGER, threads=1, **settings)
-        service = Service(made, Meters())
+        service = Service(made, meters or Meters())
         app = make_app(service, Tokens(made.tokens_file, {"RAYSAL_TOKENS": tokens}), proxied=False)
         transport = httpx.ASGITransport(app, client=(client, 9))
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as http:

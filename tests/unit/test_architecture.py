@@ -19,11 +19,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("labels", "config", "words"),
     ("images", "archive"),
     ("datasets", "model", "query", "export"),
-    ("answers",),
+("answers", "client"),
     ("cluster", "nodes", "telemetry"),
     ("train", "stream", "serving", "jobs"),
     ("rounds", "report"),
-    ("progress", "client"),
+    ("progress",),
     ("cli",),
     ("__main__",),
 )

@@ -10,9 +10,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from raysal.client import Endpoint
 from raysal.errors import InputError
-from raysal.serving.deployment import NAME
+from raysal.serving.deployment import NAME, build
 from raysal.serving.local import APPLICATION, IMPORT_PATH, check_exposure, config
-from raysal.serving.settings import Settings
+from raysal.serving.settings import Limits, Settings
 from tests.helpers import Call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +34,15 @@ def test_serve_and_the_application_take_each_file(name: str, content: dict) -> N
     assert deployment.name == NAME
     host = (content.get("http_options") or {}).get("host", "127.0.0.1")
     assert settings.tokens_file or host == "127.0.0.1"  # nothing listens to a network without tokens
+    if schema.proxy_location == "EveryNode":
+        assert deployment.max_ongoing_requests == settings.limits.in_flight  # more, and a node turns away what another could answer
+        assert settings.digest is not None  # replicas that start later load the same files
+
+
+def test_serve_turns_away_as_a_replica_does() -> None:
+    app = build(Settings(checkpoint="/models/a", limits=Limits(in_flight=8, retry_after_s=7)))
+    deployment = app._bound_deployment
+    assert (deployment.backpressure_config.status_code, deployment.backpressure_config.retry_after_s) == (429, 7)
 
 
 def test_what_raysal_serve_deploys_is_such_a_file() -> None:

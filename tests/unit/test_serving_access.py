@@ -35,6 +35,54 @@ def test_without_tokens_only_this_machine_is_answered(trained: Path) -> None:
     ask(trained, refused, host="rebound.example")
 
 
+class Notes(Meters):
+    """Keeps what was counted."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, int]] = []
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        self.requests.append((route, status))
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/static/page.js", "/v1/healthz", "/nowhere"])
+def test_no_body_is_read_where_none_is_wanted(trained: Path, path: str) -> None:
+    read: list[bytes] = []
+
+    async def body() -> object:
+        read.append(b"x")
+        yield b"x"
+
+    async def stranger(http: httpx.AsyncClient, _: Service) -> None:
+        problem(await http.post(path, content=body()), 401, "token")
+
+    async def friend(http: httpx.AsyncClient, _: Service) -> None:
+        status = 404 if path == "/nowhere" else 405
+        problem(await http.post(path, content=body(), headers={"authorization": f"Bearer {TOKEN}"}), status, "http")
+
+    ask(trained, stranger, client="203.0.113.9", tokens=TOKEN)
+    ask(trained, friend, client="203.0.113.9", tokens=TOKEN)
+    assert not read
+
+
+def test_who_may_not_ask_is_told_nothing_of_the_model_but_is_counted_by_path(trained: Path) -> None:
+    async def asked(http: httpx.AsyncClient, service: Service) -> None:
+        for path in ("/", "/docs", "/v1/healthz", "/v1/readyz", "/openapi.json", "/static/page.css"):
+            response = await http.get(path)
+            assert response.status_code == 200 and "x-model-digest" not in response.headers, path
+        assert "x-model-digest" not in (await http.post("/v1/masks")).headers
+        assert service.model is not None
+        mine = await http.get("/v1/model", headers={"authorization": f"Bearer {TOKEN}"})
+        assert mine.headers["x-model-digest"] == service.model.digest
+        problem(await http.post("/v1/masks", content=b"x" * 2000, headers={"authorization": f"Bearer {TOKEN}"}), 413, "bytes")
+        await http.get("/static/none")
+        await http.get("/made/up/4711")
+        assert notes.requests[-5:] == [("/v1/masks", 401), ("/v1/model", 200), ("/v1/masks", 413), ("/static/{name}", 404), ("other", 401)]
+
+    notes = Notes()
+    ask(trained, asked, client="203.0.113.9", tokens=TOKEN, meters=notes, limits=Limits(max_bytes=1000))
+
+
 def test_any_of_several_tokens_is_good_and_a_file_is_read_again(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"# of October\n\n{TOKEN}\n")
@@ -138,15 +186,39 @@ def test_a_deadline_ends_the_work_and_frees_its_place(trained: Path) -> None:
 
 def test_a_slow_upload_holds_no_place(trained: Path) -> None:
     async def asked(http: httpx.AsyncClient, _: Service) -> None:
+        begun = asyncio.Event()
+
         async def drops() -> object:
             yield b"\x89PNG"
+            begun.set()
             await asyncio.sleep(30)
             yield b"more"
 
-        problem(await http.post("/v1/masks", content=drops()), 408, "slow")
+        slow = [asyncio.ensure_future(http.post("/v1/masks", content=drops())) for _ in range(3)]
+        await begun.wait()
+        assert (await http.post("/v1/masks", content=encoded(SCENE))).status_code == 200  # the only place is free
+        for upload in slow:
+            problem(await upload, 408, "slow")
+
+    ask(trained, asked, limits=Limits(in_flight=1, upload_s=2.0))
+
+
+def test_uploads_at_once_are_bounded(trained: Path) -> None:
+    async def asked(http: httpx.AsyncClient, _: Service) -> None:
+        begun = asyncio.Event()
+
+        async def drops() -> object:
+            begun.set()
+            await asyncio.sleep(30)
+            yield b"more"
+
+        slow = asyncio.ensure_future(http.post("/v1/masks", content=drops()))
+        await begun.wait()
+        problem(await http.post("/v1/masks", content=encoded(SCENE)), 429, "busy")
+        problem(await slow, 408, "slow")
         assert (await http.post("/v1/masks", content=encoded(SCENE))).status_code == 200
 
-    ask(trained, asked, limits=Limits(in_flight=1, upload_s=0.2))
+    ask(trained, asked, limits=Limits(uploads=1, upload_s=0.5))
 
 
 def test_a_client_that_goes_away_costs_nothing_more(trained: Path) -> None:

@@ -73,6 +73,23 @@ async function bytesOf(png) {
   return Uint8Array.from({ length: data.length / 4 }, (_, k) => data[4 * k]);
 }
 
+// An image without its EXIF (APP1 of JPEG, eXIf of PNG): browsers turn by it, but masks refer to the raster, not to how a camera was held.
+async function unturned(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer()), data = new DataView(bytes.buffer), kept = [];
+  if (bytes.length < 12) return file;
+  const jpeg = data.getUint16(0) === 0xffd8, png = data.getUint32(0) === 0x89504e47;
+  let from = 0, at = jpeg ? 2 : png ? 8 : bytes.length;
+  while (at + 8 <= bytes.length) {
+    const marker = data.getUint16(at);
+    if (jpeg && (marker < 0xffc0 || marker === 0xffda)) break; // the scan begins
+    const exif = jpeg ? marker === 0xffe1 : data.getUint32(at + 4) === 0x65584966;
+    const next = at + (jpeg ? 2 + data.getUint16(at + 2) : 12 + data.getUint32(at));
+    if (exif) { kept.push(bytes.subarray(from, at)); from = next; }
+    at = next;
+  }
+  return new Blob([...kept, bytes.subarray(from)], { type: file.type });
+}
+
 async function add(files) {
   say("");
   await Promise.all([...files].map(async (file) => {
@@ -80,8 +97,7 @@ async function add(files) {
     images.push(image);
     list();
     try {
-      // As stored: masks refer to the raster, not to how a camera was held.
-      image.bitmap = await createImageBitmap(file, { imageOrientation: "none" }).catch(() => null);
+      image.bitmap = await createImageBitmap(await unturned(file)).catch(() => null);
       const headers = { Accept: "application/json", "Content-Type": "application/octet-stream", "X-Image-Name": encodeURIComponent(file.name) };
       image.answer = await (await patiently("v1/masks?view=uncertainty", { method: "POST", body: file, headers })).json();
       image.answer.name = file.name;
@@ -93,18 +109,20 @@ async function add(files) {
   }));
 }
 
+// Buttons stay the same elements: a new one in the place of another would take the keyboard's focus away.
 function list() {
-  $("list").replaceChildren(...images.map((image) => {
-    const button = Object.assign(document.createElement("button"), { type: "button", textContent: image.name, title: image.failed ?? image.name });
-    if (image.failed) { button.className = "failed"; button.textContent += `: ${image.failed}`; }
-    else if (!image.answer) button.textContent += " …";
-    button.disabled = !image.answer;
+  for (const image of images) {
+    if (!image.button) {
+      image.button = Object.assign(document.createElement("button"), { type: "button" });
+      image.button.addEventListener("click", () => show(image));
+      const item = document.createElement("li");
+      item.append(image.button);
+      $("list").append(item);
+    }
+    const { button, failed, answer, name } = image, state = failed ? `: ${failed}` : answer ? "" : " …";
+    Object.assign(button, { textContent: name + state, title: failed ?? name, className: failed ? "failed" : "", disabled: !answer });
     button.setAttribute("aria-current", image === current);
-    button.addEventListener("click", () => show(image));
-    const item = document.createElement("li");
-    item.append(button);
-    return item;
-  }));
+  }
 }
 
 const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)}%`);
@@ -135,15 +153,22 @@ function show(image) {
   const stem = image.name.replace(/\.[^.]*$/, "");
   const { map_png: _, ...told } = answer;
   link($("json"), new Blob([JSON.stringify(told, null, 1)], { type: "application/json" }), `${stem}.json`);
-  indexPng(image).then((blob) => link($("png"), blob, `${stem}_mask.png`)).catch((error) => say(error.message));
+  unlink($("png")); // until its own mask is there
+  const mine = (act) => (what) => { if (image === current) act(what); };
+  indexPng(image).then(mine((blob) => link($("png"), blob, `${stem}_mask.png`))).catch(mine((error) => say(error.message)));
   [canvas.width, canvas.height] = [answer.width, answer.height];
   draw();
   fit();
   list();
 }
 
-function link(anchor, blob, name) {
+function unlink(anchor) {
   if (anchor.href) URL.revokeObjectURL(anchor.href);
+  anchor.removeAttribute("href");
+}
+
+function link(anchor, blob, name) {
+  unlink(anchor);
   Object.assign(anchor, { href: URL.createObjectURL(blob), download: name });
 }
 
