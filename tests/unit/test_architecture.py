@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("labels", "config", "words"),
     ("images", "archive"),
     ("datasets", "model", "query", "export"),
-("answers", "client"),
+    ("answers", "client"),
     ("cluster", "nodes", "telemetry"),
     ("train", "stream", "serving", "jobs"),
     ("rounds", "report"),
