@@ -100,7 +100,7 @@ class ModelConfig(Section):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)  # as mean; the two belong together
     predict: Literal["mean", "branch1"] = "mean"  # one mask from both branches' mean, or branch 1 alone (half the time; CPS's authors)
     whole_pixels: Positive = 4 * 2**20  # a larger image is predicted in tiles; whole ones need more memory and see all at once
-    tile_px: Annotated[int, Field(ge=32)] = 1024  # side of a tile, in the image's own pixels; some times the training crop is right
+    tile_px: Annotated[int, Field(ge=32, le=2**14)] = 1024  # side of a tile, in the image's own pixels; some training crops wide is right
     overlap_px: Annotated[int, Field(ge=4)] = 256  # of neighbouring tiles; more hides seams better and takes longer
     flip: bool = False  # predict the mean of the image and its mirror image, for twice the time
     sync_bn: bool = False  # batch statistics over all workers; turn on when a worker holds under 8 images

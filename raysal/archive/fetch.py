@@ -60,8 +60,13 @@ def fetch_image(uri: str, max_bytes: int, max_seconds: float = 120.0) -> bytes:
     return data
 
 
-def fetch_label(uri: str, max_bytes: int = 2**20, max_seconds: float = 120.0) -> bytes | None:
+def fetch_label(uri: str, max_bytes: int = 2**20, max_seconds: float = 120.0, allowed: Callable[[str], str] = str) -> bytes | None:
     """The detached label beside an archive product's data file (``.xml``, ``.lbl``, of the same name), or None.
+
+    Args:
+        uri: Of the data file.
+        max_bytes, max_seconds: As in `fetch_image`.
+        allowed: Where a label's URI leads; raises where that may not be read.
 
     Raises:
         ImageError: As `fetch_image`, where there is one that can't be had.
@@ -75,7 +80,7 @@ def fetch_label(uri: str, max_bytes: int = 2**20, max_seconds: float = 120.0) ->
     for suffix in (".xml", ".LBL", ".lbl", ".XML"):
         beside = f"{stem}{suffix}{chained}{outer}"
         try:
-            return fetch_image(beside, max_bytes, max_seconds)
+            return fetch_image(allowed(beside), max_bytes, max_seconds)
         except ImageError as error:
             if error.__cause__ is None or not (isinstance(error.__cause__, absent) or status_of(error.__cause__) == 403):
                 raise

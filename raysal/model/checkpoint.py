@@ -30,6 +30,9 @@ FORMAT = "raysal checkpoint"
 FORMAT_VERSION = 1
 WEIGHTS, INFO = "model.safetensors", "model.json"
 
+MAX_SCALE, MAX_TILE_PX = 4.0, 2**14
+"""Beyond these a description is damaged: no memory would hold one pass."""
+
 PREDICT = ("mean", "branch1")
 """How one prediction is made of two branches: the mean of their probabilities, or branch 1 alone (the CPS authors' choice)."""
 
@@ -59,8 +62,10 @@ class ModelInfo:
     def __post_init__(self) -> None:
         if self.predict not in PREDICT:
             raise CheckpointError(f"predict is {self.predict!r}; it must be one of {', '.join(PREDICT)}")
-        if not (math.isfinite(self.input_scale) and self.input_scale > 0 and self.tile_px > 0):
-            raise CheckpointError(f"input_scale {self.input_scale} and tile_px {self.tile_px} must be above 0")
+        if not 0 < self.input_scale <= MAX_SCALE or not 0 < self.tile_px <= MAX_TILE_PX:
+            raise CheckpointError(
+                f"input_scale {self.input_scale} and tile_px {self.tile_px} must be above 0, and at most {MAX_SCALE} and {MAX_TILE_PX}"
+            )
 
 
 @dataclass(frozen=True)

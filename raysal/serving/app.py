@@ -21,7 +21,7 @@ from raysal.serving import pages
 from raysal.serving.guard import DEADLINE, SAFE, Guard, Route
 from raysal.serving.intake import Upload, fetch, paired
 from raysal.serving.problems import STATUSES, TYPE, Problem
-from raysal.serving.service import Done, Service
+from raysal.serving.service import Answer, Done, Service
 from raysal.serving.tokens import Tokens
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
@@ -135,16 +135,17 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     ) -> Response:
         several, uploads = await _uploads(request, service)
         form = pages.form_of(request.headers.get("accept", ""), several)
-        done = await _all(service, uploads, pages.wants_of(form, view), several)
-        good = [d for d in done if isinstance(d, Done)]
+        encode = pages.numbers if form == "application/json" else partial(pages.picture, view=view)
+        done = await _all(service, uploads, pages.wants_of(form, view), encode, several)
+        good = [d for d in done if isinstance(d, Answer)]
         if form == "application/json":
             body = await service.encoded(lambda: _json(done, several))
         elif form == "application/zip":
             if bad := next((d for d in done if isinstance(d, Problem)), None):
                 raise bad
-            body = await service.encoded(lambda: pages.archive([d.picture.name for d in good], [pages.picture(d, view) for d in good]))
+            body = await service.encoded(lambda: pages.archive([d.name for d in good], [d.body for d in good]))
         else:
-            body = await service.encoded(lambda: pages.picture(good[0], view))
+            body = good[0].body
         return Response(body, 200, _by(done), form)
 
     @app.post(
@@ -162,7 +163,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     )
     async def scores(request: Request) -> Response:
         several, uploads = await _uploads(request, service)
-        done = await _all(service, uploads, frozenset({"scores"}), several)
+        done = await _all(service, uploads, frozenset({"scores"}), pages.numbers, several)
         return Response(await service.encoded(lambda: _json(done, several)), 200, _by(done), "application/json")
 
 
@@ -264,14 +265,16 @@ async def _uploads(request: Request, service: Service) -> tuple[bool, list[Uploa
     return False, [Upload(_name(unquote(request.headers.get("x-image-name", ""))), body)]
 
 
-async def _all(service: Service, uploads: list[Upload], wants: frozenset[str], several: bool) -> list[Done | Problem]:
+async def _all(
+    service: Service, uploads: list[Upload], wants: frozenset[str], encode: Callable[[Done], Any], several: bool
+) -> list[Answer | Problem]:
     """Every image's answer. Of several each may fail alone; of one its problem is the request's."""
     if not several:
-        return [await service.answer(uploads[0], wants)]
+        return [await service.answer(uploads[0], wants, encode)]
 
-    async def one(upload: Upload) -> Done | Problem:
+    async def one(upload: Upload) -> Answer | Problem:
         try:
-            return await service.answer(upload, wants)
+            return await service.answer(upload, wants, encode)
         except Problem as problem:
             return problem
 
@@ -283,17 +286,14 @@ async def _all(service: Service, uploads: list[Upload], wants: frozenset[str], s
             task.cancel()
 
 
-def _by(done: Sequence[Done | Problem]) -> dict[str, str]:
+def _by(done: Sequence[Answer | Problem]) -> dict[str, str]:
     """Names the model that answered: after a swap it may not be the one in use any more."""
-    digest = next((d.model.digest for d in done if isinstance(d, Done)), None)
+    digest = next((d.digest for d in done if isinstance(d, Answer)), None)
     return {} if digest is None else {"x-model-digest": digest}
 
 
-def _json(done: list[Done | Problem], several: bool) -> bytes:
-    found = [
-        {"problem": {"status": d.status, "title": d.title, "reason": d.reason}} if isinstance(d, Problem) else pages.numbers(d)
-        for d in done
-    ]
+def _json(done: list[Answer | Problem], several: bool) -> bytes:
+    found = [{"problem": {"status": d.status, "title": d.title, "reason": d.reason}} if isinstance(d, Problem) else d.body for d in done]
     return json.dumps({"images": found} if several else found[0], allow_nan=False).encode()
 
 

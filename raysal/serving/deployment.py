@@ -13,7 +13,7 @@ from raysal.serving.batches import Batches
 from raysal.serving.intake import check_roots
 from raysal.serving.meters import ServeMeters
 from raysal.serving.service import BATCH_PIXELS, Service, batch_pixels
-from raysal.serving.settings import ModelSpec, Settings
+from raysal.serving.settings import Settings
 from raysal.serving.tokens import Tokens
 
 NAME = "Endpoint"
@@ -53,7 +53,7 @@ class Endpoint:
 
         A model that is refused raises nothing once another answers: Serve would stop this replica and start one with the new model alone.
         """
-        await self.service.use(ModelSpec.model_validate(user_config))
+        await self.service.use(user_config)
 
     async def check_health(self) -> None:
         """Serve replaces a replica where this fails. Called every ten seconds."""

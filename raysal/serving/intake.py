@@ -123,7 +123,7 @@ def fetch(uri: str, roots: Sequence[str], limits: Limits) -> Upload:
         data = fetch_image(place, limits.max_bytes, FETCH_S)
         beside = None
         if not data.startswith(SIGNATURES) and not products.attached(data):
-            beside = fetch_label(place, max_seconds=FETCH_S)
+            beside = fetch_label(place, max_seconds=FETCH_S, allowed=lambda label: allowed(label, roots))
     except InputError as error:
         raise Problem(422, str(error), "uri") from error
     except ImageError as error:

@@ -17,7 +17,7 @@ from raysal.client import Endpoint, Refused
 from raysal.cluster import start_here
 from raysal.errors import InputError, RaysalError, ResourceError
 from raysal.serving.deployment import NAME, behind_haproxy
-from raysal.serving.models import check_successor, load
+from raysal.serving.models import check_successor, following, load
 from raysal.serving.settings import ModelSpec, Settings
 from raysal.serving.tokens import HOW, Tokens
 
@@ -106,9 +106,9 @@ def promote(
     current = ModelSpec.model_validate(deployment.get("user_config") or settings.first)
     on_wait("checking the new model against the one in use")
     here = settings.model_copy(update={"use_gpu": False})
-    old, new = load(current.model_copy(update={"previous": None}), here), load(spec, here)
+    old, new = load(current, here), load(spec, here)
     found = check_successor(new, old, settings.gate)
-    wanted = spec.model_copy(update={"digest": new.digest, "previous": current.model_copy(update={"digest": old.digest, "previous": None})})
+    wanted = following(new, old)
     others = [d for d in mine.get("deployments", []) if d["name"] != NAME]
     mine["deployments"] = [*others, {**deployment, "user_config": wanted.model_dump(mode="json")}]
     client.deploy_applications({"applications": list(configs.values())})

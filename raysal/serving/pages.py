@@ -75,13 +75,12 @@ def picture(done: Done, view: str) -> bytes:
 
 def numbers(done: Done) -> dict[str, Any]:
     """All that is known of an image, JSON-able; `coco_rle` describes the masks."""
-    model, picture_ = done.model, done.picture
-    height, width = picture_.valid_HW.shape
+    model, (height, width) = done.model, done.size_HW
     found: dict[str, Any] = {
-        "name": picture_.name,
+        "name": done.name,
         "width": width,
         "height": height,
-        "source_sha256": picture_.id,
+        "source_sha256": done.id,
         "model_digest": model.digest,
         "raysal_version": raysal.__version__,
         "runtime": model.runtime,

@@ -12,8 +12,9 @@ from raysal.config import Count, Fraction, Positive, PositiveFloat, RuntimeConfi
 class Gate(Section):
     """What a new checkpoint must show before it takes over."""
 
-    reference: str | None = None  # folder of images, with masks of the same names beside them or not; null: one made-up scene, run once
+    reference: str | None = None  # folder of images, or a data set with a val split; null: made-up scenes, which find broken models only
     agreement: Fraction = 0.5  # share of the reference's pixels that must keep the class they had; lower it for a model of other labels
+    made_up: Fraction = 0.2  # the same of made-up scenes, without a reference; good models of real ground agree on a quarter or more there
     miou_drop: Fraction = 0.02  # where the reference has masks (images/, masks/): mIoU may fall by this at most
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 
 from raysal.errors import InputError
 from raysal.serving.app import make_app
-from raysal.serving.intake import allowed, check_roots
+from raysal.serving.intake import Upload, allowed, check_roots, fetch, read
 from raysal.serving.meters import Meters
+from raysal.serving.problems import Problem
 from raysal.serving.service import Service, Share, Work
 from raysal.serving.settings import Limits, Settings
 from raysal.serving.tokens import Tokens
@@ -130,6 +133,20 @@ def test_uris_reach_what_lies_under_the_roots_and_nothing_else(trained: Path, tm
     ask(trained, asked, roots=(str(root),))
 
 
+def test_a_label_beside_a_uri_lies_under_the_roots_too(tmp_path: Path) -> None:
+    root, outside = tmp_path / "open", tmp_path / "secret"
+    for folder in (root, outside):
+        folder.mkdir()
+    (root / "a.img").write_bytes(b"pixels")
+    (outside / "a.lbl").write_bytes(b"a secret")
+    (root / "a.lbl").symlink_to(outside / "a.lbl")
+    with pytest.raises(Problem, match="no image under the places"):
+        fetch(str(root / "a.img"), [str(root)], Limits())
+    (root / "a.lbl").unlink()
+    (root / "a.lbl").write_bytes(b"a label")
+    assert fetch(str(root / "a.img"), [str(root)], Limits()).label == b"a label"
+
+
 def test_roots_are_folders_of_stores_that_can_be_kept_to() -> None:
     check_roots(("/data/images", "s3://bucket/images"))
     for bad in ("http://example.org/images", "https://example.org", "zip://x::/data/a.zip", "ftp://host/x"):
@@ -177,11 +194,36 @@ def test_a_deadline_ends_the_work_and_frees_its_place(trained: Path) -> None:
 
         real, service.batched = service.batched, never  # type: ignore[assignment]
         problem(await http.post("/v1/masks", content=encoded(SCENE), headers={"x-deadline-seconds": "0.2"}), 408, "deadline")
-        assert works[0].stop.is_set()
+        assert works[0].stop.is_set() and works[0].picture is None, "a queue that keeps the work must not keep its pixels"
         service.batched = real
         assert (await http.post("/v1/masks", content=encoded(SCENE))).status_code == 200
 
     ask(trained, asked, limits=Limits(in_flight=1))
+
+
+def test_pixels_count_as_held_until_their_answer_is_encoded(trained: Path) -> None:
+    async def asked(_: httpx.AsyncClient, service: Service) -> None:
+        held = service._held
+        upload, most = Upload("a", encoded(SCENE)), held.total
+        found = await service.answer(upload, frozenset({"mask"}), lambda done: (done.mask.mask_HW.shape, most - held._free))
+        assert found.body == (SCENE.shape[:2], SCENE.shape[0] * SCENE.shape[1]) and held._free == most
+        assert not any(isinstance(value, np.ndarray) for value in vars(found).values())
+
+    ask(trained, asked)
+
+
+def test_work_that_was_given_up_is_not_computed_with_its_batch(trained: Path) -> None:
+    async def asked(_: httpx.AsyncClient, service: Service) -> None:
+        picture = read(Upload("a", encoded(SCENE)), service.settings.limits, True)
+        works = [Work(picture, frozenset({"mask"}), picture.pixels) for _ in range(3)]
+        works[1].end()
+        asked_of: list[int] = []
+        of = service.model.masks.of
+        service.model.__dict__["masks"] = SimpleNamespace(of=lambda images, go_on: asked_of.append(len(images)) or of(images, go_on))
+        found = await service.forward(works)
+        assert asked_of == [2] and [isinstance(f, Problem) for f in found] == [False, True, False] and found[1].status == 408
+
+    ask(trained, asked)
 
 
 def test_a_slow_upload_holds_no_place(trained: Path) -> None:

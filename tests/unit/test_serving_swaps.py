@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from raysal.labels import AI4MARS, S5MARS, LabelSet
 from raysal.model.checkpoint import ModelInfo, load, save
 from raysal.model.network import TwoBranch
 from raysal.serving.meters import Meters
+from raysal.serving.models import check_successor, following, load as load_model
 from raysal.serving.service import Service
 from raysal.serving.settings import Gate, ModelSpec, Settings
 from tests.trained import PX
@@ -31,6 +35,9 @@ def other(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Callable[.
     def make(name: str, noise: float = 0.0, label_set: LabelSet = S5MARS) -> Path:
         folder = tmp_path_factory.mktemp(name)
         found = load(str(trained))
+        if name == "random":
+            save(str(folder), TwoBranch(found.info.model, S5MARS.n_classes, 5), found.info)
+            return folder
         if label_set is not S5MARS:
             small = ModelConfig(arch="Unet", encoder="tu-mobilenetv3_small_050")
             net = TwoBranch(small, label_set.n_classes, 0)
@@ -108,3 +115,93 @@ def test_answers_that_began_with_the_old_model_end_with_it(trained: Path, other:
         assert {r.headers["x-model-digest"] for r in responses} <= {old, service.model.digest}
 
     ask(trained, asked)
+
+
+def swapping(trained: Path, swaps: Callable[[Service], Awaitable[None]], gate: Gate = Gate()) -> None:  # noqa: B008
+    """Runs swaps of a service that begins with the trained model."""
+
+    async def run() -> None:
+        made = Settings(checkpoint=str(trained), runtime=EAGER, threads=1, gate=gate)
+        service = Service(made, Meters())
+        await service.use(made.first)
+        await swaps(service)
+
+    asyncio.run(run())
+
+
+def test_without_a_reference_a_broken_model_is_refused(trained: Path, other: Callable[..., Path]) -> None:
+    async def swaps(service: Service) -> None:
+        first = service.model.digest
+        await service.use(ModelSpec(checkpoint=str(other("random"))))
+        assert service.model.digest == first and "made-up scenes" in service.refusal and "gate.reference" in service.refusal
+        await service.use(ModelSpec(checkpoint=str(other("better", 1e-3))))
+        assert service.model.digest != first and service.refusal is None
+
+    swapping(trained, swaps)
+
+
+def test_the_model_before_may_always_come_back(trained: Path, other: Callable[..., Path]) -> None:
+    async def swaps(service: Service) -> None:
+        first = service.model
+        await service.use(ModelSpec(checkpoint=str(other("random"))))
+        second = service.model
+        assert second.digest != first.digest and second.spec.previous.digest == first.digest
+        service.settings = service.settings.model_copy(update={"gate": Gate(made_up=1.0)})
+        await service.use(ModelSpec(checkpoint=str(other("worse", 2.0))))
+        assert service.model is second and service.refusal
+        back = following(first, second)
+        late = Service(service.settings, Meters())  # a replica that starts now knows it from the spec alone
+        await late.use(back)
+        await service.use(ModelSpec(checkpoint=str(trained)))
+        assert (service.model.digest, service.refusal, late.model.digest, late.refusal) == (first.digest, None, first.digest, None)
+
+    swapping(trained, swaps, Gate(made_up=0.0))
+
+
+def test_a_model_that_is_asked_for_again_is_not_loaded_again(
+    trained: Path, other: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr("raysal.serving.service.load", lambda spec, settings: loaded.append(spec.checkpoint) or load_model(spec, settings))
+
+    async def swaps(service: Service) -> None:
+        model = service.model
+        await service.use({"checkpoint": str(trained)})
+        assert service.model is model and len(loaded) == 1
+        await service.use(ModelSpec(checkpoint="/nowhere"))
+        assert service.refusal
+        await service.use(ModelSpec(checkpoint=str(trained)))
+        assert service.model is model and service.refusal is None and loaded == [str(trained), "/nowhere"]
+
+    swapping(trained, swaps)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("CUDA out of memory"), None])
+def test_whatever_is_wrong_with_a_new_model_the_old_one_stays(
+    trained: Path, error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def swaps(service: Service) -> None:
+        model = service.model
+        if error is not None:
+            monkeypatch.setattr("raysal.serving.service.load", lambda *_: (_ for _ in ()).throw(error))
+        await service.use({"checkpoint": "x", "digset": "y"} if error is None else {"checkpoint": "x"})
+        assert service.model is model and ("digset" if error is None else str(error)) in service.refusal
+
+    swapping(trained, swaps)
+
+
+def test_a_reference_of_other_classes_is_refused(trained: Path, tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(encoded(SCENE if name == "images" else np.zeros((PX, PX), np.uint8)))
+    (tmp_path / "classes.json").write_text(json.dumps(AI4MARS.to_dict()))
+    (tmp_path / "splits.json").write_text('{"train": [], "val": ["a"]}')
+    model = load_model(ModelSpec(checkpoint=str(trained)), Settings(checkpoint=str(trained), runtime=EAGER))
+    with pytest.raises(CheckpointError, match="made for 10 classes"):
+        check_successor(model, model, Gate(reference=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("key", "value"), [("tile_px", 300_000), ("input_scale", 1e6), ("input_scale", float("nan"))])
+def test_a_description_that_no_memory_would_hold_is_refused_at_reading(trained: Path, key: str, value: float) -> None:
+    with pytest.raises(CheckpointError, match=f"{key}.*at most"):
+        replace(load(str(trained)).info, **{key: value})
