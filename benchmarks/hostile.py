@@ -4,8 +4,8 @@
 
 `raysal serve` runs as a user runs it. Requests go over raw sockets where a client library would mend them. An answer must have a documented
 status, say as problem+json what was wrong, and come within the deadline. What is no HTTP at all is answered by the server's own parser,
-with 400 in plain text. Pages that take no body must say so at once, not wait for one. After each round a good image must get the mask that it
-had before. Memory of the replicas is sampled between the rounds: what is sent in the first round is sent again.
+with 400 in plain text. Pages that take no body must say so at once, not wait for one. After each round a good image must get the mask that
+it had before. Memory of the replicas is sampled between the rounds: what is sent in the first round is sent again.
 """
 
 from __future__ import annotations
