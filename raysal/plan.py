@@ -60,9 +60,6 @@ DRIVER_CPUS = 1
 KNOWN_ACTORS = 500
 """Beyond so many actors of one stream Ray Data's driver was reported to fall behind (github.com/ray-project/ray/issues/54790)."""
 
-FAR = 4.0
-"""A rate that is scaled further than this, by pixels, is worth a warning."""
-
 
 @dataclass(frozen=True)
 class Rate:
@@ -78,14 +75,14 @@ class Rate:
     images_per_second: float
     of: Literal["core", "GPU"]
     source: str
-    px: int | None = None
+    px: float | None = None
 
     def at(self, px: float) -> Rate:
-        """The rate for another size: the network's work goes by the pixels (side squared)."""
+        """The rate for another size, where one is known: a network's work goes by the pixels (side squared)."""
         if self.px is None or px == self.px:
             return self
-        rate = self.images_per_second * (self.px / px) ** 2
-        return dataclasses.replace(self, images_per_second=rate, source=f"{self.source}; scaled by pixels to {px:,.0f} px")
+        source = f"{self.source}; scaled by pixels from {self.px:,.0f} px to {px:,.0f} px, so measure yours"
+        return Rate(self.images_per_second * (self.px / px) ** 2, self.of, source, px)
 
 
 MEASURED = {
@@ -200,7 +197,7 @@ class Plan:
             f"time: start {took['start']}, ids {took['ids']}, images {took['images']} with {100 * self.spare:.0f}% to spare, "
             f"last block {took['last_block']}, looking at shards {took['shards']}",
             f"to read: {_size(self.bytes_read)}{flow}; to write: {_size(self.bytes_written)} in {_count(self.blocks, 'shard')}",
-            f"memory: {_size(self.node_bytes)} a node, with {_count(self.actors, 'actor')} in all; {_size(self.driver_bytes)} for the job itself",
+            f"memory: {_size(self.node_bytes)} a node, with {_count(self.actors, 'actor')} in all, {_size(self.driver_bytes)} for the job",
         ]
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.2f} for {self.nodes * self.hours:,.1f} node hours, without the head")
@@ -233,6 +230,7 @@ def hours_on(nodes: int, work: Work, node: Node, rate: Rate, spare: float = 0.2)
     actors = max(1, nodes * each - (DRIVER_CPUS if rate.of == "core" else 0))
     rows = block_rows(work.images, actors, BATCH)
     blocks = math.ceil(work.images / rows)
+    actors = min(actors, blocks)
     answers_s = SHARD_ANSWERS * ANSWER_S / SHARD_READERS
     seconds = {
         "start": START_S,
@@ -243,7 +241,7 @@ def hours_on(nodes: int, work: Work, node: Node, rate: Rate, spare: float = 0.2)
     }
     driver = DRIVER_BYTES + ID_BYTES * work.images
     node_bytes = (SHARED_BYTES + each * _actor_bytes(work)) / (1 - STORE_SHARE)
-    return Plan(work, node, rate, nodes, actors, blocks, seconds, spare, node_bytes, driver, _warnings(node, rate, work, each, actors))
+    return Plan(work, node, rate, nodes, actors, blocks, seconds, spare, node_bytes, driver, _warnings(node, rate, each, actors))
 
 
 def nodes_for(hours: float, work: Work, node: Node, rate: Rate, spare: float = 0.2) -> Plan:
@@ -288,17 +286,19 @@ def _actor_bytes(work: Work) -> float:
     return ACTOR_BYTES + FORWARD_BYTES * pixels
 
 
-def _warnings(node: Node, rate: Rate, work: Work, each: int, actors: int) -> tuple[str, ...]:
+def _warnings(node: Node, rate: Rate, each: int, actors: int) -> tuple[str, ...]:
     found, places = [], node.gpus if rate.of == "GPU" else node.cores
     if each < places:
-        found.append(f"the memory of a node holds {each} actors, not {places}: set compute.score_actors={actors}, or take larger nodes")
+        share = math.ceil(100 * node.cores / each) / 100
+        found.append(
+            f"the memory of a node holds {each} actors, not {places}: set compute.score_actors={actors} and "
+            f"compute.cpus_per_actor={share:g}, or take larger nodes"
+        )
     if actors > KNOWN_ACTORS:
         found.append(
             f"{actors:,} actors are more than the {KNOWN_ACTORS} beyond which Ray Data's driver was reported to fall behind: give each a "
             "node (compute.score_actors, compute.cpus_per_actor; docs/operations.md), or take several jobs, each with a part of the archive"
         )
-    if rate.px is not None and work.px is not None and not 1 / FAR <= (work.px / rate.px) ** 2 <= FAR:
-        found.append("the rate is scaled far from what was measured: measure yours with --measure CHECKPOINT")
     return tuple(found)
 
 
