@@ -24,6 +24,7 @@ LIST_PAGE = 1000
 
 RAY = "https://github.com/ray-project/ray"
 S3 = "https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html"
+PER_PREFIX = f"S3, for each prefix that it keeps apart, {S3}"
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ LIMITS = {
     ),
     "reads of images a second against one prefix of S3": Limit(
         5500,
-        S3,
+        PER_PREFIX,
         "S3 splits busy prefixes by itself in time, and answers 503 meanwhile; an archive that lies in folders by sol has many. What was "
         "not to be had is a row of status `fetch`, done again by `--retry-failed`",
     ),
-    "reads of the output's folder a second": Limit(5500, S3, "larger blocks, as above"),
-    "writes to the output's folder a second": Limit(3500, S3, "larger blocks, as above"),
+    "reads of the output's folder a second": Limit(5500, PER_PREFIX, "larger blocks, as above"),
+    "writes to the output's folder a second": Limit(3500, PER_PREFIX, "larger blocks, as above"),
 }
 
 
@@ -96,8 +97,7 @@ def measured(quick: bool) -> dict[str, Cost]:
         "requests": apart("requests", 8),
         "actor, 256 px": apart("actor", 64 if quick else 256),
         "actor, 512 px": apart("actor", 64 if quick else 512),
-        "written, 256 px": apart("written", 64 if quick else 256),
-        "written, 1024 px": apart("written", 64 if quick else 1024),
+        "written": apart("written", 64 if quick else 1024),
     }
 
 
@@ -148,7 +148,7 @@ def table(plans: list[Plan], costs: dict[str, Cost]) -> list[str]:
         beyond = "; ".join(f"{what} ({ratio:.2g} x)" for ratio, what in pressed(demand)) or "nothing"
         alone = demand["share of the run in which only the driver works"]
         lines.append(
-            f"| {plan.work.px:,} | {plan.work.images / 1e6:g} M | {plan.nodes:,} | {plan.hours:.2g} | {100 * (1 - alone):.0f}% | "
+            f"| {plan.work.px:,} | {plan.work.images / 1e6:g} M | {plan.nodes:,} | {plan.hours:.3g} | {100 * (1 - alone):.0f}% | "
             f"{plan.blocks:,} | {listing_s(plan.work.images) / 3600:.2g} | {plan.driver_bytes / 1e9:.2g} | {beyond} |"
         )
     return lines
@@ -160,7 +160,6 @@ def main() -> None:
     plans = [planned(images, nodes, px) for px in SIDES_PX for images in IMAGES for nodes in NODES]
     actor, smaller = costs["actor, 512 px"]["own"], costs["actor, 256 px"]["own"]
     a_pixel = (actor - smaller) / (8 * (512**2 - 256**2))
-    mask = (costs["written, 1024 px"]["label"] - costs["written, 256 px"]["label"]) / (1024 - 256)
     claims = [
         Claim("reading a manifest's ids: memory an image", costs["ids"]["bytes"], None, "lower", "bytes"),
         Claim("reading a manifest's ids: time an image", 1e6 * costs["ids"]["seconds"], None, "lower", "us"),
@@ -175,9 +174,9 @@ def main() -> None:
         Claim("memory of an actor of its own, without what an image adds", (smaller - a_pixel * 8 * 256**2) / 1e9, None, "lower", "GB"),
         Claim("memory of an actor for each pixel of a forward pass", a_pixel, None, "lower", "bytes"),
         Claim("memory that the actors of a node share", costs["actor, 256 px"]["shared"] / 1e9, None, "lower", "GB"),
-        Claim("a row of scores on disk", costs["written, 256 px"]["score"], None, "lower", "bytes"),
-        Claim("a row of labels on disk, without its mask", costs["written, 256 px"]["label"] - 256 * mask, None, "lower", "bytes"),
-        Claim("a mask on disk for each pixel of its side", mask, None, "lower", "bytes"),
+        Claim("a row of scores on disk", costs["written"]["score"], None, "lower", "bytes"),
+        Claim("a row of labels on disk, without its mask", costs["written"]["label"], None, "lower", "bytes"),
+        Claim("a mask of 1,024 px on disk for each pixel of its side", costs["written"]["mask"] / 1024, None, "lower", "bytes"),
     ]
     for plan in plans:
         if plan.nodes == max(NODES):

@@ -130,7 +130,7 @@ def actor(px: int) -> Cost:
 
 
 def written(px: int) -> Cost:
-    """Bytes of a row in a shard: of masks, for which the exact ones of synthetic scenes of a size stand, and of scores."""
+    """Bytes of a row of labels without its mask, of a mask (the exact ones of synthetic scenes of a size), and of a row of scores."""
     random, cfg = np.random.default_rng(0), ScoreConfig()
     with tempfile.TemporaryDirectory() as folder:
         files = [file.replace("/images/", "/masks/").replace(".jpg", ".png") for file in scenes(Path(folder), 16, px)]
@@ -140,7 +140,8 @@ def written(px: int) -> Cost:
     labels = [r | {"class_fractions": random.random(S5MARS.n_classes), "source_sha256": random.bytes(32).hex()} for r in block]
     scores = [r | {n: random.random() for n in cfg.scores} | {"embedding": random.random(cfg.embedding_dim)} for r in block]
     return {
-        "label": mask + _bytes(pa.Table.from_pylist(labels, schema=labels_schema(S5MARS))) / LARGEST_BLOCK,
+        "mask": mask,
+        "label": _bytes(pa.Table.from_pylist(labels, schema=labels_schema(S5MARS))) / LARGEST_BLOCK,
         "score": _bytes(pa.Table.from_pylist(scores, schema=scores_schema(cfg.scores, cfg.embedding_dim, S5MARS))) / LARGEST_BLOCK,
     }
 

@@ -99,7 +99,7 @@ def test_larger_images_take_more_memory_up_to_the_largest_forward_pass() -> None
 @pytest.mark.parametrize(
     ("node", "rate", "said"),
     [
-        (Node(8, 0, int(1e9)), OWN, "has no room for a model actor of 3.0 GB"),
+        (Node(8, 0, int(1e9)), OWN, "has no room for a model actor of 3.1 GB"),
         (Node(8), dataclasses.replace(OWN, of="GPU"), "the rate is of a GPU, but a node has none"),
     ],
 )
@@ -152,7 +152,7 @@ def test_its_rates_are_those_of_the_kept_results() -> None:
         ("large_cluster", "memory that the actors of a node share", plans.SHARED_BYTES / 1e9, 0.15),
         ("large_cluster", "a row of scores on disk", plans.SCORE_BYTES, 0.1),
         ("large_cluster", "a row of labels on disk, without its mask", plans.LABEL_BYTES, 0.5),
-        ("large_cluster", "a mask on disk for each pixel of its side", plans.SIDE_BYTES, 0.1),
+        ("large_cluster", "a mask of 1,024 px on disk for each pixel of its side", plans.SIDE_BYTES, 0.1),
     ],
 )
 def test_its_constants_are_those_of_the_kept_results(program: str, claim: str, value: float, within: float) -> None:
