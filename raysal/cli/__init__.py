@@ -13,6 +13,7 @@ import typer
 from raysal.cli import serving, submit
 from raysal.cli.archive import index
 from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set
+from raysal.cli.planning import plan
 from raysal.config import Config, load
 from raysal.errors import ConfigError, RaysalError
 from raysal.progress import Ui, audited, failed, measured, number
@@ -210,6 +211,7 @@ def label(
 
 
 app.command()(index)
+app.command()(plan)
 app.add_typer(serving.app, name="serve")
 app.add_typer(submit.app, name="submit")
 

@@ -33,18 +33,13 @@ from raysal.config import ComputeConfig, Config
 from raysal.errors import RaysalError
 from raysal.model.checkpoint import INFO
 from raysal.nodes import check_nodes
+from raysal.plan import block_rows
 from raysal.stream import manifest as manifests
 from raysal.stream.job import Job, among, prepare
 from raysal.stream.manifest import Manifest, missing_rows
 from raysal.stream.output import EMPTY, SUCCESS, keys
 from raysal.stream.worker import STATUSES, PoolWorker, Task
 from raysal.telemetry.meters import Meters, metered
-
-BLOCKS_PER_ACTOR = 16
-"""Blocks each actor gets: enough that all finish together and a death costs little, few enough that shards are not dust."""
-
-LARGEST_BLOCK = 256
-"""Rows of a block, and of a shard, in a large archive; what one death costs at most."""
 
 Progress = Callable[[int, int, dict[str, int]], None]
 """Called as on_progress(images done, images in all, counts by status) after each block, on the caller's thread."""
@@ -216,7 +211,7 @@ def _work(
         meters.model(task.model_digest, str(task.runtime))
         tally = _Tally(todo, on_progress, meters)
         actors = 1 if here else score_actors(compute)
-        rows = rows_per_shard or min(LARGEST_BLOCK, max(task.cfg.score.batch_size, math.ceil(todo / (actors * BLOCKS_PER_ACTOR))))
+        rows = rows_per_shard or block_rows(todo, actors, task.cfg.score.batch_size)
         actors = min(actors, math.ceil(todo / rows))
         task = dataclasses.replace(task, threads=max(1, (os.cpu_count() or 1 if here else _cores()) // actors))
         if here:

@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("labels", "config", "words"),
     ("images", "archive"),
-    ("datasets", "model", "query", "export"),
+    ("datasets", "model", "query", "export", "plan"),
     ("answers", "client"),
     ("cluster", "nodes", "telemetry"),
     ("train", "stream", "serving", "jobs"),
