@@ -32,25 +32,25 @@ START_S = 38.0
 """From the command to the first rows where Ray starts for it: processes, and the model in every actor; one_sol.md. Machines that an
 autoscaler has to bring first come on top."""
 
-IDS_S, ROWS_S = 3.0e-6, 3.1e-6
+IDS_S, ROWS_S = 2.4e-6, 2.7e-6
 """Seconds an image in the driver: reading the ids of the manifest, and at the end comparing them with the rows that are there;
 large_cluster.md."""
 
-SHARD_S, SHARD_ANSWERS, SHARD_READERS, ANSWER_S = 0.0044, 3, 16, 0.1
+SHARD_S, SHARD_ANSWERS, SHARD_READERS, ANSWER_S = 0.003, 3, 16, 0.1
 """At the end the driver looks into each new shard: seconds of its processor, and requests to a store (large_cluster.md), of which so many
 threads wait at once for one of S3's answers (docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html: 0.1 to 0.2 s)."""
 
-ACTOR_BYTES, SHARED_BYTES, FORWARD_BYTES, FORWARD_PIXELS = 1.0e9, 0.48e9, 245.0, 8 * 2**20
+ACTOR_BYTES, SHARED_BYTES, FORWARD_BYTES, FORWARD_PIXELS = 1.02e9, 0.48e9, 240.0, 8 * 2**20
 """Memory of an actor, of what all actors of a node share, and of each pixel that goes through the network at once, of which there are at
 most so many; large_cluster.md: resnet18 by OpenVINO on 256 and 512 px."""
 
 STORE_SHARE = 0.3
 """Of a node's memory that Ray sets aside for its object store, by its default."""
 
-DRIVER_BYTES, ID_BYTES = 0.95e9, 100.0
+DRIVER_BYTES, ID_BYTES = 0.95e9, 115.0
 """Memory of the job's own process, and what each image adds to it at most; large_cluster.md."""
 
-SCORE_BYTES, LABEL_BYTES, SIDE_BYTES = 340.0, 127.0, 10.4
+SCORE_BYTES, LABEL_BYTES, SIDE_BYTES = 340.0, 127.0, 10.2
 """Bytes of a row on disk: of scores with an embedding; of labels without the mask; and of a mask for each pixel of its image's side, as a
 mask is its outlines. large_cluster.md: exact masks of synthetic scenes; those of a model may be rougher."""
 
