@@ -133,7 +133,10 @@ def _reference(gate: Gate, model: Model) -> Iterator[tuple[np.ndarray, np.ndarra
         return
     if exists(join(gate.reference, "splits.json")):
         data = folder.read(DataConfig(reader="folder", root=gate.reference))
-        require_classes(model.spec.checkpoint, model.predictor.info, data.label_set)
+        if data.label_set.classes != model.predictor.info.label_set.classes:
+            raise InputError(
+                f"gate.reference {gate.reference}: its classes ({', '.join(data.label_set.classes)}) are not the model's; name another"
+            )
         for item in data.split("val")[:REFERENCE_IMAGES]:
             image_HWC = data.image(item)
             yield image_HWC, data.mask(item, image_HWC.shape[:2])

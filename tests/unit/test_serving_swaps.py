@@ -16,7 +16,7 @@ import torch
 
 from raysal.config import ModelConfig
 from raysal.datasets.synthetic import scene
-from raysal.errors import CheckpointError
+from raysal.errors import CheckpointError, InputError
 from raysal.labels import AI4MARS, S5MARS, LabelSet
 from raysal.model.checkpoint import ModelInfo, load, save
 from raysal.model.network import TwoBranch
@@ -197,7 +197,7 @@ def test_a_reference_of_other_classes_is_refused(trained: Path, tmp_path: Path) 
     (tmp_path / "classes.json").write_text(json.dumps(AI4MARS.to_dict()))
     (tmp_path / "splits.json").write_text('{"train": [], "val": ["a"]}')
     model = load_model(ModelSpec(checkpoint=str(trained)), Settings(checkpoint=str(trained), runtime=EAGER))
-    with pytest.raises(CheckpointError, match="made for 10 classes"):
+    with pytest.raises(InputError, match=r"its classes \(soil, bedrock, sand, big rock\) are not the model's"):
         check_successor(model, model, Gate(reference=str(tmp_path)))
 
 
