@@ -33,7 +33,7 @@ from raysal.config import ModelConfig, build
 from raysal.datasets.synthetic import scene
 from raysal.images.masks import decode_mask
 from raysal.labels import AI4MARS, S5MARS, LabelSet
-from raysal.model.checkpoint import ModelInfo, digest_at, save
+from raysal.model.checkpoint import ModelInfo, digest_at, load, save
 from raysal.model.network import TwoBranch
 from raysal.stream.archive import open_manifest
 from raysal.stream.label import label_pool
@@ -45,6 +45,14 @@ MODEL = ModelConfig(arch="Unet", encoder="tu-mobilenetv3_small_050")
 SIDE = 96
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_S = 400
+
+
+def successor(old: Path, folder: Path) -> Path:
+    """A checkpoint that says nearly what another one says."""
+    found = load(str(old))
+    next(found.model.parameters()).data += 1e-4
+    save(str(folder), found.model, found.info)
+    return folder
 
 
 def checkpoint(folder: Path, seed: int, label_set: LabelSet = S5MARS) -> Path:
@@ -192,7 +200,7 @@ def test_the_client_says_why_an_image_is_refused_and_does_not_ask_again(running:
 
 
 def test_models_are_swapped_while_it_answers_and_bad_ones_are_refused(running: Running) -> None:
-    first, second = digest_at(str(running.root / "first")), digest_at(str(checkpoint(running.root / "second", 1)))
+    first, second = digest_at(str(running.root / "first")), digest_at(str(successor(running.root / "first", running.root / "second")))
     bad = running.promote(checkpoint(running.root / "classes", 1, AI4MARS))
     assert bad.returncode == 2 and "classes" in bad.stderr, bad.stderr
     assert running.digests() == {first}

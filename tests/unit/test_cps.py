@@ -234,12 +234,12 @@ def test_pasted_regions_bring_their_hand_labels_and_rare_classes_first(stubbed: 
 def test_pasting_is_a_draw_of_each_image_the_same_on_any_number_of_ranks(stubbed: None) -> None:
     (x_l, y_l, _), (x_u, valid_u) = labeled_batch(n=2), unlabeled_batch(4)
     pseudo = [torch.zeros(4, SIZE, SIZE, dtype=torch.long)] * 2
-    whole = learner_of(cps={"paste": 0.5})._paste(7, x_l, y_l.long(), x_u, valid_u, pseudo)[0]
+    whole = learner_of(cps={"paste": 0.5}, train={"batch_unlabeled": 4})._paste(7, x_l, y_l.long(), x_u, valid_u, pseudo)[0]
     changed_ = [not torch.equal(a, b) for a, b in zip(whole, x_u, strict=True)]
     assert any(changed_) and not all(changed_)
     for rank in (0, 1):
         part, own = slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)
-        learner = learner_of(Alone(rank, 2), cps={"paste": 0.5})
+        learner = learner_of(Alone(rank, 2), cps={"paste": 0.5}, train={"batch_unlabeled": 4})
         mine = learner._paste(7, x_l[own], y_l[own].long(), x_u[part], valid_u[part], [p[part] for p in pseudo])[0]
         assert torch.equal(mine, whole[part])
 

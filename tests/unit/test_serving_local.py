@@ -52,7 +52,7 @@ def promoted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def load(spec: ModelSpec, settings: Settings) -> Any:
         loaded.append(settings)
-        return SimpleNamespace(digest=NEW if spec.checkpoint == "/models/new" else OLD)
+        return SimpleNamespace(digest=NEW if spec.checkpoint == "/models/new" else OLD, spec=spec)
 
     def promote(serve: Serve, **more: Any) -> str:
         monkeypatch.setattr(local, "ServeSubmissionClient", lambda _: serve)
