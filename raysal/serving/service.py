@@ -268,8 +268,8 @@ class Service:
         map_ = next(iter(wants & {*MAPS}), None)
         maps = [pixel_map(model.predictor, p, map_, go_on) if map_ else None for p in pictures]
         return [
-            Done(model, p.id, p.name, (p.valid_HW.shape[0], p.valid_HW.shape[1]), *parts)
-            for p, *parts in zip(pictures, masks, scores, maps, strict=True)
+            Done(model, p.id, p.name, (p.valid_HW.shape[0], p.valid_HW.shape[1]), mask, told, map_HW)
+            for p, mask, told, map_HW in zip(pictures, masks, scores, maps, strict=True)
         ]
 
     async def _alone(self, work: Work) -> Done | Problem:
