@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import numpy as np
 import yaml
 from common import Claim, options, write
@@ -46,42 +45,21 @@ TRAIN = {
 """Two workers of 2.5 CPUs go to two machines of 4, one of which holds the job's own process too."""
 
 
-class Client:
-    """Somebody at a desk beside the cluster."""
-
-    def __init__(self, at: Machines) -> None:
-        self.at = at
-
-    def start(self, *arguments: object) -> subprocess.Popen:
-        command = [sys.executable, "-m", "raysal", "submit", *map(str, arguments), "--address", self.at.dashboard]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.at.environment())
-
-    def submit(self, *arguments: object, meanwhile: Callable[[str], None] | None = None) -> str:
-        """A submission and something that happens while its job runs (told the address of the job's machine). Returns the log."""
-        process = self.start(*arguments)
-        said: list[str] = []
-        reader = threading.Thread(target=lambda: said.extend(process.stdout or ()))
-        reader.start()
-        try:
-            if meanwhile is not None:
-                meanwhile(self.machine_of_job(process))
-        finally:
-            process.wait(1800)
-            reader.join()
-        if process.returncode:
-            raise RuntimeError(f"submit {arguments[0]} ended with {process.returncode}: {''.join(said)[-4000:]}")
-        return "".join(said)
-
-    def machine_of_job(self, process: subprocess.Popen) -> str:
-        """Address of the machine on which the newest job's own process is."""
-        headers = {"Authorization": f"Bearer {self.at.token}"}
-        while process.poll() is None:
-            jobs = httpx.get(f"{self.at.dashboard}/api/jobs/", headers=headers, timeout=30, trust_env=False).json()
-            for job in jobs:
-                if job["status"] == "RUNNING" and job.get("driver_info"):
-                    return str(job["driver_info"]["node_ip_address"])
-            time.sleep(0.5)
-        raise RuntimeError("the job ended before anything could be done to it")
+def submit(at: Machines, *arguments: object, meanwhile: Callable[[], None] | None = None) -> str:
+    """A submission, and something that happens while its job runs. Returns the log."""
+    process = at.submit(*arguments)
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()))
+    reader.start()
+    try:
+        if meanwhile is not None:
+            meanwhile()
+    finally:
+        process.wait(1800)
+        reader.join()
+    if process.returncode:
+        raise RuntimeError(f"submit {arguments[0]} ended with {process.returncode}: {''.join(said)[-4000:]}")
+    return "".join(said)
 
 
 def until(reached: Callable[[], bool], timeout_s: float = 600) -> None:
@@ -98,22 +76,13 @@ class Trial:
     def __init__(self, at: Machines) -> None:
         self.at, self.victim = at, 0
 
-    def choose(self, address: str) -> int:
-        return 2 if address == self.at.address(1) else 1
+    def when(self, reached: Callable[[], bool], act: Callable[[int], None]) -> Callable[[], None]:
+        """Does something to it (kills it, cuts it off), once `reached`."""
 
-    def kill(self, reached: Callable[[], bool]) -> Callable[[str], None]:
-        def do(address: str) -> None:
+        def do() -> None:
             until(reached)
-            self.victim = self.choose(address)
-            self.at.kill(self.victim)
-
-        return do
-
-    def cut(self, reached: Callable[[], bool]) -> Callable[[str], None]:
-        def do(address: str) -> None:
-            until(reached)
-            self.victim = self.choose(address)
-            self.at.cut(self.victim)
+            self.victim = self.at.without_the_job()
+            act(self.victim)
 
         return do
 
@@ -164,33 +133,23 @@ def step_of(run: Path) -> int:
     return max((r.get("step", 0) for r in read_log(str(logs[0].parent))), default=0) if logs else 0
 
 
-def labelling(client: Client, at: Machines, images: int) -> tuple[list[Claim], list[str]]:
+def labelling(at: Machines, images: int) -> tuple[list[Claim], list[str]]:
     """Scores and masks, undisturbed, with a machine killed, with one cut off, and with the head restarted."""
     trial, folder = Trial(at), at.shared
     model, place = untrained(folder / "model", PX), str(folder / "manifest")
     scenes(folder / "archive", images, PX)
     claims, notes = [], []
     started = time.perf_counter()
-    client.submit("index", folder / "archive" / "images", "--out", place)
+    submit(at, "index", folder / "archive" / "images", "--out", place)
     notes.append(f"a job that indexes {images} images took {time.perf_counter() - started:.0f} s from command to end")
     for verb, read in (("score", rows), ("label", masks)):
-        plain = [
-            sys.executable,
-            "-m",
-            "raysal",
-            verb,
-            model,
-            place,
-            "--out",
-            str(folder / f"{verb}-alone"),
-            "--set",
-            "compute.in_process=100000",
-        ]
-        subprocess.run([*plain, *QUICK_LOOK[:4]], check=True, env=at.environment(token=False), stdout=subprocess.DEVNULL)
+        plain = [sys.executable, "-m", "raysal", verb, model, place, "--out", str(folder / f"{verb}-alone"), *QUICK_LOOK[:4]]
+        plain += ["--set", "compute.in_process=100000"]
+        subprocess.run(plain, check=True, env=at.environment(token=False), stdout=subprocess.DEVNULL)
         expected = read(str(folder / f"{verb}-alone"))
-        for what, happen in (("killed", trial.kill), ("cut off the network", trial.cut)):
+        for what, act in (("killed", at.kill), ("cut off the network", at.cut)):
             out = folder / f"{verb}-{what.split()[0]}"
-            client.submit(verb, model, place, "--out", out, *QUICK_LOOK, meanwhile=happen(shards(out)))
+            submit(at, verb, model, place, "--out", out, *QUICK_LOOK, meanwhile=trial.when(shards(out), act))
             trial.mend()
             claims.append(
                 Claim(
@@ -203,7 +162,7 @@ def labelling(client: Client, at: Machines, images: int) -> tuple[list[Claim], l
             )
             print(claims[-1], flush=True)
     out = folder / "label-head"
-    job = client.start("label", model, place, "--out", out, *QUICK_LOOK, "--no-wait")
+    job = at.submit("label", model, place, "--out", out, *QUICK_LOOK, "--no-wait")
     job.wait(300)
     until(shards(out))
     for machine in range(3):
@@ -214,7 +173,7 @@ def labelling(client: Client, at: Machines, images: int) -> tuple[list[Claim], l
         if machine == 0:
             at.wait(1)
     at.wait(3)
-    said = client.submit("label", model, place, "--out", out, *QUICK_LOOK)
+    said = submit(at, "label", model, place, "--out", out, *QUICK_LOOK)
     claims.append(
         Claim(
             "label, the head restarted, the same submission: share of images with the undisturbed row, once",
@@ -231,7 +190,7 @@ def labelling(client: Client, at: Machines, images: int) -> tuple[list[Claim], l
     return claims, notes
 
 
-def training(client: Client, at: Machines, steps: int) -> tuple[list[Claim], list[str]]:
+def training(at: Machines, steps: int) -> tuple[list[Claim], list[str]]:
     """Two workers on two machines against two on one, then with disturbances, then elastic."""
     trial, folder = Trial(at), at.shared
     claims, notes = [], []
@@ -244,8 +203,8 @@ def training(client: Client, at: Machines, steps: int) -> tuple[list[Claim], lis
         file.write_text(yaml.safe_dump(tree))
         return file
 
-    def train(name: str, meanwhile: Callable[[str], None] | None = None, **compute: object) -> np.ndarray:
-        client.submit("train", "--config", config(name, **compute), meanwhile=meanwhile)
+    def train(name: str, meanwhile: Callable[[], None] | None = None, **compute: object) -> np.ndarray:
+        submit(at, "train", "--config", config(name, **compute), meanwhile=meanwhile)
         return losses(folder / name)
 
     for name, workers in (("one-machine", 2), ("one-worker", 1)):
@@ -274,11 +233,11 @@ def training(client: Client, at: Machines, steps: int) -> tuple[list[Claim], lis
         )
     )
     print(claims[-2:], flush=True)
-    for what, happen in (("killed", trial.kill), ("cut off the network", trial.cut)):
+    for what, act in (("killed", at.kill), ("cut off the network", at.cut)):
         name = f"train-{what.split()[0]}"
 
-        def back(address: str, happen: Callable = happen, name: str = name) -> None:
-            happen(lambda: step_of(folder / name) >= steps // 4)(address)
+        def back(act: Callable[[int], None] = act, name: str = name) -> None:
+            trial.when(lambda: step_of(folder / name) >= steps // 4, act)()
             trial.mend()
 
         got = train(name, back)
@@ -294,8 +253,8 @@ def training(client: Client, at: Machines, steps: int) -> tuple[list[Claim], lis
         notes.append(f"{name}: (step, workers) at each start: {worlds(folder / name)}")
         print(claims[-1], notes[-1], flush=True)
 
-    def comes_and_goes(address: str) -> None:
-        trial.kill(lambda: step_of(folder / "elastic") >= steps // 4)(address)
+    def comes_and_goes() -> None:
+        trial.when(lambda: step_of(folder / "elastic") >= steps // 4, at.kill)()
         until(lambda: worlds(folder / "elastic")[-1][1] == 1)
         at.start(trial.victim)
         at.wait(3)
@@ -318,14 +277,14 @@ def training(client: Client, at: Machines, steps: int) -> tuple[list[Claim], lis
     return claims, notes
 
 
-def looping(client: Client, at: Machines) -> list[str]:
+def looping(at: Machines) -> list[str]:
     """The whole loop, from submission to masks of the archive."""
     tree = json.loads(json.dumps(TRAIN)) | {"run": str(at.shared / "loop")}
     tree["train"]["steps"] = 20
     file = at.shared / "loop.yaml"
     file.write_text(yaml.safe_dump(tree))
     began = time.perf_counter()
-    said = client.submit("loop", "--config", file)
+    said = submit(at, "loop", "--config", file)
     took = f"{time.perf_counter() - began:.0f} s; it says: {said.strip().splitlines()[-2]}"
     return [f"a loop of two rounds on synthetic scenes, from submission to masks: {took}"]
 
@@ -342,15 +301,14 @@ def main() -> None:
     images, steps = (80, 40) if args.quick else (args.images, args.steps)
     claims, notes = [], []
     with tempfile.TemporaryDirectory(prefix="raysal-cluster-") as name, machines(Path(name), 3, cpus=4) as at:
-        client = Client(at)
         if "label" in args.parts:
-            more, told = labelling(client, at, images)
+            more, told = labelling(at, images)
             claims, notes = claims + more, notes + told
         if "train" in args.parts:
-            more, told = training(client, at, steps)
+            more, told = training(at, steps)
             claims, notes = claims + more, notes + told
         if "loop" in args.parts:
-            notes += looping(client, at)
+            notes += looping(at)
     about = f"A head and two workers of 4 logical CPUs on {os.cpu_count()} cores; {ENCODER}, {PX} px; Ray's own limits for dead nodes.\n\n"
     write("cluster", "Jobs on machines that die", claims, args.out, about + "\n".join(f"- {note}" for note in notes), {"SCRATCH": name})
 

@@ -6,13 +6,13 @@ Seeds come from `draw_seed`, so that the i-th draw of a run is the same on 1 and
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from raysal.config import AugmentConfig
 from raysal.labels import IGNORE
@@ -68,9 +68,9 @@ class Augment:
         columns = _window(image_HWC.shape[1], scale, self.cfg.crop_px, draw[_LEFT])
         labels_2HW = _labels(mask_HW, valid_HW, rows, columns)
         image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC[rows.source, columns.source])).permute(2, 0, 1)
-        size = [rows.length, columns.length]
-        image_CHW = F.resize(image_CHW, size, InterpolationMode.BILINEAR, antialias=True)
-        labels_2HW = F.resize(labels_2HW, size, InterpolationMode.NEAREST_EXACT)
+        size, F = [rows.length, columns.length], _transforms()
+        image_CHW = F.resize(image_CHW, size, F.InterpolationMode.BILINEAR, antialias=True)
+        labels_2HW = F.resize(labels_2HW, size, F.InterpolationMode.NEAREST_EXACT)
         if other_HWC is not None and draw[_AUGIN] < self.cfg.augin:
             image_CHW = _look_up(image_CHW, augin_table(image_HWC[valid_HW], other_HWC))
         image_CHW = self._jitter(image_CHW, draw)
@@ -83,13 +83,18 @@ class Augment:
         return image_CHW.contiguous(), torch.where(valid, labels_2HW[0], IGNORE), valid
 
     def _jitter(self, image_CHW: Tensor, draw: list[float]) -> Tensor:
-        strength = self.cfg.color_jitter
+        strength, F = self.cfg.color_jitter, _transforms()
         if strength > 0:
             brightness, contrast, saturation = (max(0.0, 1 + strength * (2 * draw[k] - 1)) for k in (_BRIGHTNESS, _CONTRAST, _SATURATION))
             image_CHW = F.adjust_brightness(image_CHW, brightness)
             image_CHW = F.adjust_contrast(image_CHW, contrast)
             image_CHW = F.adjust_saturation(image_CHW, saturation)
         return image_CHW
+
+
+def _transforms() -> Any:
+    """torchvision's, when the first crop is made: importing them takes seconds, and Ray's own processes only hand an `Augment` on."""
+    return importlib.import_module("torchvision.transforms.v2.functional")
 
 
 class _Window:

@@ -202,7 +202,7 @@ def _converted(model: TwoBranch, branches: tuple[int, ...]) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, on sizes that are fixed by design
         logging.getLogger("openvino").setLevel(logging.ERROR)
-        traced = torch.jit.freeze(torch.jit.trace(_CoreModule(model, branches).eval(), x_BCHW, check_trace=False))
+        traced = torch.jit.trace(_CoreModule(model, branches).eval(), x_BCHW, check_trace=False)  # frozen, PyTorch would keep its weights
         return _openvino().convert_model(traced, example_input=x_BCHW)
 
 

@@ -6,24 +6,19 @@ The architectures and encoders are those of segmentation-models-pytorch (smp) an
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import segmentation_models_pytorch as smp
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from raysal.config import ModelConfig
-from raysal.errors import CheckpointError, ConfigError
+from raysal.errors import ConfigError
 from raysal.model.depthwise import speed_up
 from raysal.model.encoder_weights import EncoderWeights, is_file, load_encoder_weights
 
@@ -31,8 +26,6 @@ Resolution = Literal["full", "decoder"]
 
 Core = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, ...]]
 """What `TwoBranch.core` computes, by whatever means."""
-
-ARCHITECTURES: dict[str, type[nn.Module]] = {a.__name__: a for a in smp.MODEL_ARCHITECTURES_MAPPING.values()}
 
 _SMALLEST_PX = {"PAN": 128}  # its feature pyramid halves the encoder's last map three times
 
@@ -77,6 +70,8 @@ class TwoBranch(nn.Module):
     std: Tensor
 
     def __init__(self, cfg: ModelConfig, n_classes: int, seed: int) -> None:
+        from raysal.model.branch import build_branch, stride_of  # loads the libraries
+
         super().__init__()
         self.n_classes = n_classes
         self.encoder_weights: EncoderWeights | None = None
@@ -85,13 +80,13 @@ class TwoBranch(nn.Module):
         # Not persistent: they belong to the configuration, which a checkpoint carries beside the weights.
         self.register_buffer("mean", 255 * torch.tensor(cfg.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(cfg.std).view(1, 3, 1, 1), persistent=False)
-        branches = [_build_branch(cfg, n_classes, 2 * seed + k) for k in (0, 1)]
+        branches = [build_branch(cfg, n_classes, 2 * seed + k) for k in (0, 1)]
         if cfg.encoder_weights is not None:
             encoders = [branch.encoder for branch in branches]
             if is_file(cfg.encoder_weights):
                 self.encoder_weights = load_encoder_weights(encoders, cfg.encoder_weights)
             else:
-                pretrained = _build_branch(cfg, n_classes, seed, cfg.encoder_weights).encoder.state_dict()
+                pretrained = build_branch(cfg, n_classes, seed, cfg.encoder_weights).encoder.state_dict()
                 for encoder in encoders:
                     encoder.load_state_dict(pretrained)
                 self.encoder_weights = EncoderWeights(cfg.encoder_weights, len(pretrained), (), ())
@@ -100,8 +95,7 @@ class TwoBranch(nn.Module):
             if cfg.dropout > 0 and not _has_dropout(branch):
                 branch.segmentation_head = nn.Sequential(nn.Dropout2d(cfg.dropout), branch.segmentation_head)
         self.branches = nn.ModuleList(branches)
-        # DPT's decoder halves the grid of patches once.
-        self._stride = int(branches[0].encoder.output_stride) * (2 if isinstance(branches[0], smp.DPT) else 1)
+        self._stride = stride_of(branches[0])
         self.smallest_px = max(self._stride, _SMALLEST_PX.get(type(branches[0]).__name__, 1))
 
     def freeze_encoders(self) -> None:
@@ -219,6 +213,8 @@ def prepare(model: TwoBranch, cfg: ModelConfig, device: torch.device | str) -> T
     if cfg.sync_bn and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         if torch.device(device).type == "cpu":
             raise ConfigError("model.sync_bn: true, but the workers train on CPUs, where PyTorch has no such norm; set it false")
+        from raysal.model.branch import convert_sync_batchnorm
+
         for k, branch in enumerate(model.branches):
             model.branches[k] = convert_sync_batchnorm(branch)  # timm's: torch's own loses the activation of fused norms
     if cfg.compile:
@@ -252,77 +248,6 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.train()
-
-
-def _build_branch(cfg: ModelConfig, n_classes: int, seed: int, hub_weights: str | None = None) -> Any:
-    """One smp model whose random weights depend on the seed alone; leaves the global random state as it was."""
-    architecture = _architecture(cfg.arch)
-    options: dict[str, Any] = {"encoder_weights": hub_weights}
-    if cfg.encoder.startswith("tu-"):
-        _known_timm(cfg.encoder)
-        options["encoder_weights"] = True if hub_weights else None  # timm names its weights in the encoder's name
-    elif cfg.encoder not in smp.encoders.get_encoder_names():
-        raise ConfigError(_unknown("model.encoder", cfg.encoder, smp.encoders.get_encoder_names()))
-    parameters = inspect.signature(architecture.__init__).parameters
-    if cfg.output_stride is not None:
-        if "encoder_output_stride" not in parameters:
-            raise ConfigError(f"model.output_stride: {cfg.arch} has no such setting; leave it null or take a DeepLab or PAN")
-        options["encoder_output_stride"] = cfg.output_stride
-    if cfg.atrous_rates is not None:
-        if "decoder_atrous_rates" not in parameters:
-            raise ConfigError(f"model.atrous_rates: {cfg.arch} has no such setting; leave it null or take a DeepLab")
-        options["decoder_atrous_rates"] = cfg.atrous_rates
-    if architecture is smp.DPT:
-        options["dynamic_img_size"] = True  # else a vision transformer takes images of one size only
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            branch = architecture(encoder_name=cfg.encoder, classes=n_classes, **options)
-            if architecture is smp.DPT:
-                _fit_patches(branch)
-            return branch
-        except OSError as error:
-            raise CheckpointError(
-                f"model.encoder_weights: {hub_weights!r} can't be downloaded ({error}); check the connection, "
-                "or give a .safetensors file or URI"
-            ) from error
-        except Exception as error:  # smp and timm raise all sorts where parts don't fit each other
-            raise ConfigError(
-                f"model: {cfg.arch} with encoder {cfg.encoder!r} and encoder weights {hub_weights!r} can't be built "
-                f"({type(error).__name__}: {error}); change model.arch, model.encoder, model.output_stride or model.encoder_weights"
-            ) from error
-
-
-def _fit_patches(branch: Any) -> None:
-    """Gives DPT the decoder of 16 px patches, whatever the encoder's: it makes whole steps from patches to maps, and smp's own
-    decoder for 14 px patches (DINOv2) makes maps that don't fit together. The last upsampling reaches the image's size anyway."""
-    encoder = branch.encoder
-    if set(encoder.output_strides) != {16}:
-        branch.decoder = type(branch.decoder)(
-            encoder_out_channels=encoder.out_channels,
-            encoder_output_strides=[16] * len(encoder.out_channels),
-            encoder_has_prefix_tokens=encoder.has_prefix_tokens,
-        )
-        branch.initialize()
-
-
-def _architecture(name: str) -> type[nn.Module]:
-    for known, architecture in ARCHITECTURES.items():
-        if known.lower() == name.lower():
-            return architecture
-    raise ConfigError(_unknown("model.arch", name, list(ARCHITECTURES)))
-
-
-def _known_timm(encoder: str) -> None:
-    name = encoder.removeprefix("tu-").partition(".")[0]
-    if not timm.is_model(name):
-        raise ConfigError(_unknown("model.encoder", encoder, [f"tu-{n}" for n in timm.list_models()]))
-
-
-def _unknown(key: str, name: str, known: list[str]) -> str:
-    lower = {n.lower(): n for n in known}
-    near = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
-    return f"{key}: {name!r} is not known; " + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:40])}")
 
 
 def _encode(branch: Any, x_BCHW: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:

@@ -101,11 +101,14 @@ def make_app(service: Service, tokens: Tokens, proxied: bool, echoed: bool = Fal
 
 
 def _routed(app: FastAPI, scope: Any) -> Route:
+    """The route that answers a request; where there is none, the one that answers other methods at its path."""
     path, answered = "other", False
     for route in app.routes:
         match, _ = route.matches(scope)
-        if match != Match.NONE and not answered:
+        if match != Match.NONE:
             path, answered = getattr(route, "path", "other"), match == Match.FULL
+        if answered:
+            break
     return Route(path, answered, path in OPEN and scope["method"] in SAFE)
 
 

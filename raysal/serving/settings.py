@@ -26,9 +26,7 @@ class Limits(Section):
     max_bands: Positive = 4  # of an archive product (413)
     max_images: Positive = 16  # of one multipart request (413)
     upload_s: PositiveFloat = 30.0  # until the body is there (408); only then does a request take one of the places of in_flight
-    uploads: Positive = (
-        32  # bodies of one replica that are on their way at once (429); bytes held: (uploads + in_flight) x max_bytes at most
-    )
+    uploads: Positive = 32  # bodies on their way to one replica (429); bytes held: (uploads + in_flight) x max_bytes at most
     deadline_s: PositiveFloat = 60.0  # from the body to the answer (408); a client may ask for less: X-Deadline-Seconds
     in_flight: Positive = 16  # requests of one replica at once; more are turned away (429) and told when to come back
     held_pixels: Positive = 256 * 2**20  # decoded pixels of one replica at once; what comes after waits, so that memory is bounded

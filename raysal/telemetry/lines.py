@@ -34,7 +34,8 @@ class JsonLines(logging.Formatter):
         line = {"asctime": self.formatTime(record), "levelname": record.levelname, "message": record.getMessage(), **self.about}
         if record.exc_info:
             line["exc_text"] = self.formatException(record.exc_info)
-        return json.dumps(line | getattr(record, "fields", {}), default=str)
+        text = json.dumps(line | getattr(record, "fields", {}), default=str)
+        return json.dumps(json.loads(text, parse_constant=lambda _: None))  # JSON has no NaN and no infinity
 
 
 def json_lines(run: str) -> logging.Logger:

@@ -247,7 +247,7 @@ def _unlabeled_dataset(plan: Plan, folder: str) -> ray.data.Dataset:
     blocks, batch = _blocks(plan), plan.unlabeled_batch
     draws = ray.put(Draws(plan.dataset, plan.unlabeled, plan.cfg, "unlabeled"))
     end, size, unit = plan.cfg.train.steps, plan.cfg.augment.crop_px, plan.mixed
-    steps_per_block = {world: _steps_per_block(plan, world) for world in range(1, plan.cfg.compute.train_workers + 2)}
+    steps_per_block = {world: _steps_per_block(plan, world) for world in range(1, max(1, plan.cfg.compute.train_workers) + 1)}
 
     def decode(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)

@@ -140,8 +140,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.stop()
 
 
-def test_a_job_is_sent_followed_to_its_end_and_is_one_however_often_it_is_sent(cluster: Cluster) -> None:
-    (cluster.root / "c.yaml").write_text("runtime: {kind: eager}\ncompute: {score_actors: 1}\n")
+def test_a_job_is_sent_followed_by_json_lines_and_is_one_however_often_it_is_sent(cluster: Cluster) -> None:
+    (cluster.root / "c.yaml").write_text("runtime: {kind: eager}\ncompute: {score_actors: 1, log_json: true}\n")
     model, images, labels = (cluster.root / name for name in ("model", "images", "labels"))
     label = ("label", model, images, "--out", labels, "--config", cluster.root / "c.yaml")
     first = cluster.submit(*label)
@@ -156,21 +156,13 @@ def test_a_job_is_sent_followed_to_its_end_and_is_one_however_often_it_is_sent(c
     assert f"{IMAGES} ok" in cluster.submit("logs", id_).stdout
     told = json.loads(cluster.submit("status", id_, "--json").stdout)
     assert told["verb"] == "label" and told["exit_code"] == 0
-    everything = httpx.get(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {cluster.token}"}, timeout=30).text
-    assert id_ in everything and cluster.token not in everything
-
-
-def test_a_job_writes_json_lines_with_its_run_and_ids_where_it_is_asked_to(cluster: Cluster) -> None:
-    labels = cluster.root / "json-labels"
-    label = ("label", cluster.root / "model", cluster.root / "images", "--out", labels, *QUICK, "--set", "compute.log_json=true")
-    told = cluster.submit(*label, "--json")
-    assert told.returncode == 0, told.stdout[-3000:] + told.stderr
-    job = json.loads(told.stdout)
-    lines = [json.loads(line) for line in cluster.submit("logs", job["id"]).stdout.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in first.stdout.splitlines() if line.startswith("{")]
     mine = [line for line in lines if line.get("run") == str(labels)]
-    assert {line["submission_id"] for line in mine} == {job["id"]} and {line["levelname"] for line in mine} == {"INFO"}, lines
+    assert {line["submission_id"] for line in mine} == {id_} and {line["levelname"] for line in mine} == {"INFO"}, lines
     [progress] = [line for line in mine if line.get("done") == IMAGES]
     assert progress["total"] == progress["ok"] == IMAGES and int(progress["job_id"], 16) > 0
+    everything = httpx.get(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {cluster.token}"}, timeout=30).text
+    assert id_ in everything and cluster.token not in everything
 
 
 def test_without_the_token_nothing_is_told_or_done(cluster: Cluster) -> None:

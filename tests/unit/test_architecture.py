@@ -152,6 +152,16 @@ def test_the_command_line_answers_before_anything_heavy_is_loaded() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_processes_that_hand_a_network_on_do_not_load_the_libraries_it_is_built_of() -> None:
+    """Ray's controllers, its data processes, the driver of a stream: each would start seconds later."""
+    program = (
+        "import sys, raysal.train.ray, raysal.train.loop, raysal.stream.label, raysal.stream.score, raysal.serving.app; "
+        "print(sorted({'segmentation_models_pytorch', 'timm', 'torchvision', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(("rooms", "blocked"), [(WITHOUT_RAY, "ray"), (WITHOUT_TORCH, "torch")], ids=["ray", "torch"])
 def test_lower_rooms_import_where_the_library_is_missing(rooms: list[str], blocked: str) -> None:
     program = f"""

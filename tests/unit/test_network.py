@@ -19,7 +19,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from raysal.archive.uris import write_bytes
 from raysal.config import ModelConfig
 from raysal.errors import CheckpointError, ConfigError
-from raysal.model.network import ARCHITECTURES, TwoBranch, dropouts, prepare
+from raysal.model.branch import ARCHITECTURES
+from raysal.model.network import TwoBranch, dropouts, prepare
 
 ENCODER = "tu-mobilenetv3_small_050"
 N = 5

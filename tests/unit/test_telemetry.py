@@ -233,7 +233,7 @@ def log() -> Iterator[None]:
 
 
 def json_of(err: str) -> list[dict]:
-    return [json.loads(line) for line in err.splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in err.splitlines()]
 
 
 def test_lines_are_json_with_run_and_job_where_that_is_asked(
@@ -249,14 +249,16 @@ def test_lines_are_json_with_run_and_job_where_that_is_asked(
         ui.stage(1, "train", "done", 8.5)
         monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the command has left the cluster
         ui.round({"round": 1, "labels": 9, "miou": 0.25, "seconds": {}})
+        ui.progress(1, 1, {"loss": float("nan")})
     ui.result({"run": "s3://m/run"}, lambda: pytest.fail("no table among JSON lines"))
     failed(InputError("no\nroom"))
     out, err = capsys.readouterr()
     said = json_of(err)
     assert out == "" and all(line["run"] == "s3://m/run" and line["submission_id"] == "raysal-train-1" for line in said)
-    assert Counter(line["levelname"] for line in said) == {"WARNING": 1, "INFO": 5, "ERROR": 1}
-    assert [line.get("job_id") for line in said] == [None, None, *["02000000"] * 5]
-    progress, done, round_, result, error = said[2:]
+    assert Counter(line["levelname"] for line in said) == {"WARNING": 1, "INFO": 6, "ERROR": 1}
+    assert [line.get("job_id") for line in said] == [None, None, *["02000000"] * 6]
+    progress, done, round_, diverged, result, error = said[2:]
+    assert diverged["loss"] is None
     assert (progress["done"], progress["total"], progress["loss"]) == (40, 40, 3.0)
     assert (done["stage"], done["round"], done["seconds"]) == ("train", 1, 8.5)
     assert (round_["labels"], round_["miou"]) == (9, 0.25)
