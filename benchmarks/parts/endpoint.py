@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -85,7 +84,7 @@ def endpoint(checkpoint: str, *options: str, haproxy: bool = False) -> Iterator[
         yield up
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         try:
             process.wait(180)
         except subprocess.TimeoutExpired:

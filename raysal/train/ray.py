@@ -10,11 +10,9 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.fs
 import ray
 import ray.data
@@ -31,7 +29,8 @@ from raysal.errors import RaysalError
 from raysal.model.encoder_weights import is_file
 from raysal.telemetry.meters import Meters, metered
 from raysal.train import saved
-from raysal.train.feeds import Draws, UnlabeledBatch, block_draws, check_share, most
+from raysal.train.decode import FEED, Stream, decode
+from raysal.train.feeds import Draws, UnlabeledBatch, check_share, most
 from raysal.train.logs import Log, read_log
 from raysal.train.plan import CHECKPOINT_FILES, Plan
 
@@ -177,7 +176,7 @@ class RaySession:
         shard = ray.train.get_dataset_shard("unlabeled")
         while first < steps:
             if self.rank == 0:
-                write_bytes(join(self.folder, "feed.json"), json.dumps({"first_step": first, "world": self.world}).encode())
+                write_bytes(join(self.folder, FEED), json.dumps({"first_step": first, "world": self.world}).encode())
             for batch in shard.iter_batches(batch_size=room, batch_format="numpy", prefetch_batches=2, drop_last=True):
                 there = batch["draw"] >= 0
                 yield torch.tensor(batch["image"][there]), torch.tensor(batch["valid"][there])
@@ -244,39 +243,26 @@ def _unlabeled_dataset(plan: Plan, folder: str) -> ray.data.Dataset:
     (`block_draws` counts on it). Pixels cross the object store here, once: from the task that decodes them to the worker that learns
     from them.
     """
-    blocks, batch = _blocks(plan), plan.unlabeled_batch
-    draws = ray.put(Draws(plan.dataset, plan.unlabeled, plan.cfg, "unlabeled"))
-    end, size, unit = plan.cfg.train.steps, plan.cfg.augment.crop_px, plan.mixed
-    steps_per_block = {world: _steps_per_block(plan, world) for world in range(1, max(1, plan.cfg.compute.train_workers) + 1)}
-
-    def decode(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        torch.set_num_threads(1)
-        feed = json.loads(read_bytes(join(folder, "feed.json")))
-        first, world = feed["first_step"], feed["world"]
-        per_block = steps_per_block[world]
-        wanted = [d for block in numbers["id"] for d in block_draws(int(block), blocks, first, end, batch, unit, world, per_block)]
-        images = np.zeros((len(wanted), 3, size, size), np.uint8)
-        valids = np.zeros((len(wanted), size, size), bool)
-        stream = _cached_draws(draws)
-        for i, draw in enumerate(wanted):
-            if draw >= 0:
-                image, _, valid = stream[draw]
-                images[i], valids[i] = image.numpy(), valid.numpy()
-        return {"draw": np.array(wanted, np.int64), "image": images, "valid": valids}
-
+    blocks = _blocks(plan)
+    stream = Stream(
+        draws=ray.put(Draws(plan.dataset, plan.unlabeled, plan.cfg, "unlabeled")),
+        feed=join(folder, FEED),
+        blocks=blocks,
+        batch=plan.unlabeled_batch,
+        unit=plan.mixed,
+        end_step=plan.cfg.train.steps,
+        side=plan.cfg.augment.crop_px,
+        steps_per_block={world: _steps_per_block(plan, world) for world in range(1, max(1, plan.cfg.compute.train_workers) + 1)},
+    )
     tasks = plan.cfg.compute.ingest_tasks or max(1, int(ray.cluster_resources().get("CPU", 1)) // 4)
     return ray.data.range(blocks, override_num_blocks=blocks).map_batches(
         decode,
+        fn_kwargs={"stream": stream},
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.TaskPoolStrategy(size=min(tasks, blocks)),
         num_cpus=cluster.INGEST_CPUS,
     )
-
-
-@lru_cache(maxsize=2)
-def _cached_draws(ref: Any) -> Draws:
-    return ray.get(ref)
 
 
 def _path(uri: str) -> str:

@@ -152,12 +152,17 @@ def test_the_command_line_answers_before_anything_heavy_is_loaded() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_processes_that_hand_a_network_on_do_not_load_the_libraries_it_is_built_of() -> None:
+@pytest.mark.parametrize(
+    ("rooms", "without"),
+    [
+        (("train.decode",), ("torch",)),
+        (("train.ray", "train.loop", "stream.label", "stream.score", "serving.app"), ("timm", "torchvision", "torch._dynamo")),
+    ],
+)
+def test_processes_that_hand_work_on_do_not_load_what_others_do_it_with(rooms: tuple[str, ...], without: tuple[str, ...]) -> None:
     """Ray's controllers, its data processes, the driver of a stream: each would start seconds later."""
-    program = (
-        "import sys, raysal.train.ray, raysal.train.loop, raysal.stream.label, raysal.stream.score, raysal.serving.app; "
-        "print(sorted({'segmentation_models_pytorch', 'timm', 'torchvision', 'torch._dynamo'} & set(sys.modules)))"
-    )
+    imports = ", ".join(f"raysal.{room}" for room in rooms)
+    program = f"import sys, {imports}; print(sorted({set(without)!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
