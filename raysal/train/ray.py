@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +257,7 @@ def _unlabeled_dataset(plan: Plan, folder: str) -> ray.data.Dataset:
     )
     tasks = plan.cfg.compute.ingest_tasks or max(1, int(ray.cluster_resources().get("CPU", 1)) // 4)
     return ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-        decode,
-        fn_kwargs={"stream": stream},
+        partial(decode, stream=stream),
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.TaskPoolStrategy(size=min(tasks, blocks)),
