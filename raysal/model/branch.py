@@ -13,13 +13,10 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from raysal.config import ModelConfig
 from raysal.errors import CheckpointError, ConfigError
-
-__all__ = ["ARCHITECTURES", "build_branch", "convert_sync_batchnorm", "stride_of"]
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {a.__name__: a for a in smp.MODEL_ARCHITECTURES_MAPPING.values()}
 

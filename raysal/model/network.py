@@ -213,7 +213,7 @@ def prepare(model: TwoBranch, cfg: ModelConfig, device: torch.device | str) -> T
     if cfg.sync_bn and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         if torch.device(device).type == "cpu":
             raise ConfigError("model.sync_bn: true, but the workers train on CPUs, where PyTorch has no such norm; set it false")
-        from raysal.model.branch import convert_sync_batchnorm
+        from timm.layers import convert_sync_batchnorm
 
         for k, branch in enumerate(model.branches):
             model.branches[k] = convert_sync_batchnorm(branch)  # timm's: torch's own loses the activation of fused norms

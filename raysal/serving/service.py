@@ -151,7 +151,7 @@ class Service:
                     spec = ModelSpec.model_validate(spec)
                     if not await run(self._in_use_already, spec):
                         await self._swapped(spec, run)
-                        await run(gc.collect)  # tracing ties a network into a cycle: hundreds of megabytes would wait
+                        await run(gc.collect)  # the replaced one is in cycles: hundreds of megabytes would wait
                     self.refusal = None
                 except Exception as error:  # also no memory, and what libraries raise over a model that makes no sense
                     if self.model is None:

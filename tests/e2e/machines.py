@@ -177,12 +177,12 @@ class Machines:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment())
 
     def without_the_job(self) -> int:
-        """The worker machine, of two, that does not hold the running job's own process; 0 while no job runs."""
+        """The worker machine, of two, that does not hold the running job's own process. Raises RuntimeError while no job runs."""
         headers = {"Authorization": f"Bearer {self.token}"}
         for job in httpx.get(f"{self.dashboard}/api/jobs/", headers=headers, timeout=30, trust_env=False).json():
             if job["status"] == "RUNNING" and job.get("driver_info"):
                 return 2 if job["driver_info"]["node_ip_address"] == self.address(1) else 1
-        return 0
+        raise RuntimeError("no job runs, so there is no machine without its process")
 
     def pids(self, machine: int) -> list[int]:
         return [int(pid) for pid in run("ip", "netns", "pids", f"{self.name}-{machine}", check=False).split()]

@@ -92,22 +92,27 @@ def test_shuffled_labels_of_the_pool_change_no_query(undisturbed: Path, tmp_path
     assert bought(folder) == before
 
 
+@pytest.mark.timeout(2400)
 def test_killed_again_and_again_a_run_comes_to_the_same_end(undisturbed: Path, tmp_path: Path) -> None:
-    """SIGKILL of the driver in a training, between two stages and while it labels, of an actor that scores, and of a train worker."""
+    """SIGKILL of the driver in every kind of stage, of a scoring actor, and of a train worker."""
     folder = tmp_path / "run"
-    config = str(write_config(tmp_path / "config.yaml", tiny_tree(folder)))
+    config = str(write_config(tmp_path / "config.yaml", tiny_tree(folder, compute={"in_process": 0})))  # actors, too
 
     def reached(pattern: str) -> Callable[[], bool]:
         return lambda: any(folder.glob(pattern))
 
     kill_when(start("loop", "--config", config), reached("rounds/000/train/fit/step-00000003/state.json"))
+    kill_when(start("loop", "--config", config), reached("rounds/000/scores/_attempt-*"))
     kept = [markers(folder)]
-    process = start("loop", "--config", config, "--set", "compute.train_workers=1", "--set", "compute.in_process=0")
-    wait_for(process, reached("rounds/000/train/fit/step-00000006/state.json"))
-    kill_one(process, "RayTrainWorker", lambda: True)
+
+    # Now under Ray Train with a worker of its own: first an actor that scores, then the worker, then the driver.
+    process = start("loop", "--config", config, "--set", "compute.train_workers=1")
     kill_one(process, "ScoreImages", lambda: not (folder / "rounds/000/stages/score.json").exists())
-    kill_when(process, reached("rounds/001/stages/buy.json"))
+    wait_for(process, reached("rounds/001/train/fit/step-00000003/state.json"))
+    kill_one(process, "RayTrainWorker", lambda: True)
+    kill_when(process, reached("rounds/001/train/fit/step-00000009/state.json"))
     kept.append(markers(folder))
+
     kill_when(start("loop", "--config", config), lambda: (folder / "labels").exists())
     kept.append(markers(folder))
     done = run("loop", "--config", config)

@@ -1,4 +1,4 @@
-"""A cluster of three machines: jobs come to their end when a machine dies."""
+"""A cluster of three machines: jobs come to their end when a machine dies, and are refused where one lacks the storage."""
 
 from __future__ import annotations
 
@@ -58,3 +58,17 @@ def test_a_machine_dies_while_it_labels_and_every_image_has_its_mask_once(cluste
     assert masks(out) == masks(cluster.shared / "alone") and len(masks(out)) == IMAGES + 1
     cluster.wait(2)
     assert cluster.address(victim) not in cluster.alive()
+
+
+def test_a_machine_that_does_not_see_the_storage_stops_a_run_before_it_begins(cluster: Machines) -> None:
+    here = 1 if cluster.address(1) in cluster.alive() else 2
+    blind = 3 - here
+    cluster.kill(blind)
+    cluster.wait(2)
+    cluster.start(blind, cpus=1, without=[cluster.shared])  # no room for the job's own process
+    cluster.wait(3)
+    out = cluster.shared / "never"
+    job = cluster.submit("label", cluster.shared / "model", cluster.shared / "archive" / "images", "--out", out, *SMALL, "--cpus", "2")
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 2 and "1 of 2 nodes can't see" in said and cluster.address(blind) in said, said[-4000:]
+    assert not out.exists()

@@ -16,16 +16,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 
 from raysal.config import ModelConfig, RuntimeConfig
 from raysal.datasets.synthetic import scene
 from raysal.errors import CheckpointError, ConfigError
-from raysal.labels import S5MARS
 from raysal.model import engines
 from raysal.model.engines import Runtime, settle
-from raysal.model.network import TwoBranch
 from raysal.model.runtime import Predictor
 
 needs_openvino = pytest.mark.skipif(
@@ -108,30 +104,11 @@ def test_openvino_leaves_nothing_behind_of_a_network_that_is_let_go(trained: Pat
     assert held_mb[-1] - held_mb[1] < 200, held_mb
 
 
-class Decoder(nn.Module):
-    def forward(self, stages: list[torch.Tensor]) -> torch.Tensor:
-        return stages[0] + functional.interpolate(stages[1], scale_factor=2.0)
-
-
-def small_branch() -> nn.Module:
-    """What smp's models are made of, few of each: compiling a whole one takes minutes."""
-    branch, first, second = nn.Module(), nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
-    branch.encoder = nn.Module()
-    branch.encoder.forward = lambda x: [first(x).relu(), second(first(x).relu()).relu()]
-    branch.decoder, branch.segmentation_head = Decoder(), nn.Conv2d(8, S5MARS.n_classes, 1)
-    return branch.eval()
-
-
 @pytest.mark.slow
-def test_a_compiled_network_says_what_eager_says_at_any_size() -> None:
-    model = TwoBranch(ModelConfig(arch="Unet", encoder="tu-mobilenetv3_small_050"), S5MARS.n_classes, 0).eval()
-    model.branches = nn.ModuleList([small_branch(), small_branch()])
-    fast = engines.build(model, Runtime("compile", "float32", 0.98), torch.device("cpu"))
-    for px in (96, 64):
-        images_BCHW = torch.from_numpy(np.stack(scenes(px))).permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            for want, got in zip(model.answers(images_BCHW), model.answers(images_BCHW, core=fast), strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+def test_a_compiled_network_says_what_eager_says(trained: Path) -> None:
+    eager, fast = Predictor.load(str(trained)), Predictor.load(str(trained), runtime=Runtime("compile", "float32", 0.98))
+    for want, got in zip(eager.logits_and_features(scenes(96)), fast.logits_and_features(scenes(96)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
 def test_an_engine_that_says_something_else_is_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,8 @@ def test_bad_usage_is_one_message_and_no_traceback(
     monkeypatch.setattr(sys, "argv", ["label_efficiency.py", "--out", "out", "--quick", *(x.replace("DATA", "data") for x in given)])
     with pytest.raises(SystemExit) as ended:
         program.main()
-    assert ended.value.code == 2 and told in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and told in said and "Traceback" not in said, said
     assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists(), "nothing was begun"
 
 
