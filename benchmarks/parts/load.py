@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import gevent
-from locust import FastHttpUser, constant_pacing, task
+from locust import FastHttpUser, task
 
 FILES = sorted(Path(os.environ["LOAD_IMAGES"]).iterdir())
 NOTES = open(os.environ["LOAD_NOTES"], "a", buffering=1)  # noqa: SIM115 - until the process ends
@@ -24,11 +24,16 @@ class Client(FastHttpUser):
 
     connection_timeout = network_timeout = 90.0
     if PACE_S:
-        wait_time = constant_pacing(PACE_S)
 
         def on_start(self) -> None:
             """Users begin at any time of their pace: together they would ask all at once, again and again."""
-            gevent.sleep(random.uniform(0, PACE_S))
+            self.due = time.perf_counter() + random.uniform(0, PACE_S)
+            gevent.sleep(self.due - time.perf_counter())
+
+        def wait_time(self) -> float:
+            """Until its next request is due; locust's constant_pacing counts from when users are made, which is for all at once."""
+            self.due += PACE_S
+            return max(0.0, self.due - time.perf_counter())
 
     @task
     def ask(self) -> None:

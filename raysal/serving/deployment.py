@@ -6,7 +6,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from raysal.serving.app import make_app
 from raysal.serving.batches import Batches
@@ -17,15 +17,19 @@ from raysal.serving.settings import Settings
 from raysal.serving.tokens import Tokens
 
 NAME = "Endpoint"
-PLACES = 4
-"""Requests that Serve lets through for each that a replica answers: there is room for bodies on their way, and the replica itself can turn
-away the rest at once. Config files for several nodes say less: there Serve must know when a replica is full, to try another node's."""
+ADMITTED = 1024
+"""Requests that Serve lets through to a replica at once: so many that the replica itself turns away what is too much, which takes it
+milliseconds. Config files for several nodes say less: there Serve must know when a replica is full, to try another node's."""
+
+WAITING = RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02)
+"""How soon Serve looks again for a place for requests that wait. By its own numbers (half a second, two requests for each replica) places
+stay empty once some wait: a replica was seen to answer a third of what it can."""
 
 GPU_BATCHES = 2
 """Batches of a GPU at once: one is prepared or read back while the other is computed."""
 
 
-@serve.deployment(name=NAME, max_queued_requests=256, health_check_period_s=10, graceful_shutdown_timeout_s=90)
+@serve.deployment(name=NAME, max_queued_requests=256, request_router_config=WAITING, health_check_period_s=10, graceful_shutdown_timeout_s=90)
 @serve.ingress()
 class Endpoint:
     """One replica: the HTTP interface, the queue and the model together, so that pixels pass through no other process.
@@ -77,7 +81,7 @@ def build(args: Settings) -> Application:
     endpoint: Any = Endpoint
     return endpoint.options(
         user_config=settings.first.model_dump(),
-        max_ongoing_requests=PLACES * settings.limits.in_flight,
+        max_ongoing_requests=max(ADMITTED, 2 * settings.limits.in_flight),
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=settings.limits.retry_after_s),
         ray_actor_options={"num_cpus": 1, "num_gpus": 1} if settings.use_gpu else {"num_cpus": max(1, settings.threads)},
     ).bind(settings.model_dump())
