@@ -26,8 +26,9 @@ log = logging.getLogger("ray.serve")
 SCORES = ("entropy", "uncertainty", "least_confidence", "margin", "disagreement")
 """What is told of an image beside its mask."""
 
-RECENT_BYTES = 256 * 2**20
-"""Of the network's answers that a replica remembers: an image's mask, scores and maps, and its next view, come from one pass."""
+RECENT_BYTES = 64 * 2**20
+"""Of the network's answers that a replica remembers: an image's mask, scores and maps, and its next view, come from one pass. Hundreds of
+small images, a dozen of a megapixel. Kept pieces leave gaps in the heap: a replica grows by three to five times as much, then no more."""
 
 SHORTEST_DIGEST = 12
 LARGEST_SCENE_PX, SCENES = 1024, 4
