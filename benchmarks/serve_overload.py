@@ -64,7 +64,7 @@ def main() -> None:
             memory.start()
             began = time.time()
             with probing(up, scratch / "images", count // 2, PROBES_A_SECOND, scratch / "probes"):
-                answers = load(up, scratch / "images", 256, seconds, 200 + len(calm) * 2, rate=4 * capacity)
+                answers = load(up, scratch / "images", 256, seconds, 200 + len(calm) * 2, rate=4.2 * capacity)  # at least four times, also by what came at last
             memory.over.set()
             restarts = up.restarts()
         probes = [a for a in noted(scratch / "probes") if began + settled_s < a.asked < began + seconds]
