@@ -62,9 +62,10 @@ def main() -> None:
             capacity = len(calm) / (max(a.asked + a.seconds for a in calm) - min(a.asked for a in calm))
             memory = Memory(up)
             memory.start()
+            rate = 4.2 * capacity  # so that four times comes, also by how it is counted
             began = time.time()
             with probing(up, scratch / "images", count // 2, PROBES_A_SECOND, scratch / "probes"):
-                answers = load(up, scratch / "images", 256, seconds, 200 + len(calm) * 2, rate=4.2 * capacity)  # at least four times, also by what came at last
+                answers = load(up, scratch / "images", 256, seconds, 200 + len(calm) * 2, rate=rate)
             memory.over.set()
             restarts = up.restarts()
         probes = [a for a in noted(scratch / "probes") if began + settled_s < a.asked < began + seconds]
