@@ -63,12 +63,10 @@ def endpoint(checkpoint: str, *options: str, haproxy: bool = False) -> Iterator[
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "raysal", "serve", checkpoint, "--port", str(port), "--json", *options]
     token, more = (secrets.token_hex(24), dict[str, str]()) if haproxy else (None, {})
-    place = tempfile.mkdtemp(prefix="haproxy-")  # its files are shared by all on a machine otherwise
+    place = tempfile.mkdtemp(prefix="h-")  # its files are shared by all on a machine otherwise; a socket's path must be short
     if token is not None:
         more = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAYSAL_TOKENS": token, "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{place}/haproxy.cfg"}
-        more |= {
-            f"RAY_SERVE_HAPROXY_{name}": f"{place}/{name.lower()}" for name in ("SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH")
-        }
+        more |= {f"RAY_SERVE_HAPROXY_{name}": f"{place}/{name[:2]}" for name in ("SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH")}
         more["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = place
     said = Path(place) / "said"
     with open(said, "w") as errors:

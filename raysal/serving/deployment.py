@@ -29,7 +29,9 @@ GPU_BATCHES = 2
 """Batches of a GPU at once: one is prepared or read back while the other is computed."""
 
 
-@serve.deployment(name=NAME, max_queued_requests=256, request_router_config=WAITING, health_check_period_s=10, graceful_shutdown_timeout_s=90)
+@serve.deployment(
+    name=NAME, max_queued_requests=256, request_router_config=WAITING, health_check_period_s=10, graceful_shutdown_timeout_s=90
+)
 @serve.ingress()
 class Endpoint:
     """One replica: the HTTP interface, the queue and the model together, so that pixels pass through no other process.
