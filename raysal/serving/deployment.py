@@ -21,7 +21,7 @@ ADMITTED = 1024
 """Requests that Serve lets through to a replica at once: so many that the replica itself turns away what is too much, which takes it
 milliseconds. Config files for several nodes say less: there Serve must know when a replica is full, to try another node's."""
 
-WAITING = RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02)
+WAITING = RequestRouterConfig.model_validate({"initial_backoff_s": 0.005, "max_backoff_s": 0.02})
 """How soon Serve looks again for a place for requests that wait. By its own numbers (half a second, two requests for each replica) places
 stay empty once some wait: a replica was seen to answer a third of what it can."""
 
