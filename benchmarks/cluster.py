@@ -1,9 +1,9 @@
 """A cluster of three machines that are killed, cut off the network and restarted while submitted jobs run, and what is left of the work.
 
-    python benchmarks/cluster.py                 # as root: each machine is a network namespace, see tests/e2e/machines.py
+    python benchmarks/cluster.py --data TILES     # as root: each machine is a network namespace, see tests/e2e/machines.py
 
-A head without CPUs and two workers, tokens on, storage that all share; a job's own process is on one worker, and what is killed or cut is
-the other one. Every output is compared with one that nobody disturbed.
+A head without CPUs and two workers, tokens on, storage that all share, and an S3 server. Every output is compared with one that nobody
+disturbed. TILES is MarsScapes in raysal's folder layout, for a loop on real images; without it that one is left out.
 """
 
 from __future__ import annotations
@@ -13,25 +13,29 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import yaml
 from common import Claim, options, write
 from parts.killer import masks
 from parts.scenes import ENCODER, scenes, untrained
+from parts.trials import Trial, losses, rows, same, shards, step_of, submit, until, worlds
 
-from raysal.archive.tables import read_table
-from raysal.train.logs import read_log
+from raysal.archive.uris import join
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 from machines import Machines, cannot, machines
 
 PX = 128
-QUICK_LOOK = ["--set", "runtime.kind=eager", "--set", "score.batch_size=4", "--set", "compute.score_actors=2"]
+STORE = "s3://mission"
+SETTINGS = ["--set", "runtime.kind=eager", "--set", "score.batch_size=4"]
+ACTORS = ["--set", "compute.score_actors=2"]
 TRAIN = {
     "data": {"synthetic": {"images": 48, "val_images": 8, "size_px": 64}},
     "augment": {"crop_px": 64, "scale": [0.8, 1.2]},
@@ -45,272 +49,219 @@ TRAIN = {
 """Two workers of 2.5 CPUs go to two machines of 4, one of which holds the job's own process too."""
 
 
-def submit(at: Machines, *arguments: object, meanwhile: Callable[[], None] | None = None) -> str:
-    """A submission, and something that happens while its job runs. Returns the log."""
-    process = at.submit(*arguments)
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()))
-    reader.start()
-    try:
-        if meanwhile is not None:
-            meanwhile()
-    finally:
-        process.wait(1800)
-        reader.join()
-    if process.returncode:
-        raise RuntimeError(f"submit {arguments[0]} ended with {process.returncode}: {''.join(said)[-4000:]}")
-    return "".join(said)
+def alone(at: Machines, *arguments: object) -> float:
+    """A command on this machine, without the cluster; its seconds."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "raysal", *map(str, arguments)]
+    subprocess.run(command, check=True, env=at.environment(token=False), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
 
 
-def until(reached: Callable[[], bool], timeout_s: float = 600) -> None:
-    end = time.monotonic() + timeout_s
-    while not reached():
-        if time.monotonic() > end:
-            raise TimeoutError("what should be disturbed never began")
-        time.sleep(0.05)
+class Told:
+    """Claims and notes as they come: a run takes most of an hour."""
+
+    def __init__(self) -> None:
+        self.claims: list[Claim] = []
+        self.notes: list[str] = []
+
+    def whole(self, what: str, share: float) -> None:
+        self.claim(f"{what}: share of images with the undisturbed row, once", share, 1.0, "higher")
+
+    def claim(self, *about: Any) -> None:
+        self.claims.append(Claim(*about, ""))
+        print(self.claims[-1], flush=True)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        print(text, flush=True)
 
 
-class Trial:
-    """What happens to the machine that does not hold the job's own process."""
-
-    def __init__(self, at: Machines) -> None:
-        self.at, self.victim = at, 0
-
-    def when(self, reached: Callable[[], bool], act: Callable[[int], None]) -> Callable[[], None]:
-        """Does something to it (kills it, cuts it off), once `reached`."""
-
-        def do() -> None:
-            until(reached)
-            self.victim = self.at.without_the_job()
-            act(self.victim)
-
-        return do
-
-    def mend(self) -> None:
-        """The machine is as it was."""
-        self.at.kill(self.victim)
-        self.at.mend(self.victim)
-        self.at.wait(2)
-        self.at.start(self.victim)
-        self.at.wait(3)
-
-
-def shards(folder: Path, n: int = 1) -> Callable[[], bool]:
-    return lambda: len(list(folder.glob("part-*.parquet"))) >= n
-
-
-def rows(folder: Path) -> dict[str, tuple]:
-    """Scores by id, without when they were made. Raises AssertionError where an id is there twice."""
-    table = read_table(str(folder), ["id", "status", "entropy", "uncertainty"]).to_pylist()
-    found = {r["id"]: (r["status"], r["entropy"], r["uncertainty"]) for r in table}
-    assert len(found) == len(table), "an image has two rows"
-    return found
-
-
-def same(found: dict[str, tuple], expected: dict[str, tuple]) -> float:
-    """Share of images with the undisturbed row, numbers to within float rounding."""
-
-    def equal(a: tuple, b: tuple) -> bool:
-        return all(abs(x - y) <= 1e-5 if isinstance(x, float) and isinstance(y, float) else x == y for x, y in zip(a, b, strict=True))
-
-    assert set(found) <= set(expected), "rows of no image"
-    return sum(i in found and equal(found[i], row) for i, row in expected.items()) / len(expected)
-
-
-def losses(run: Path) -> np.ndarray:
-    """Loss by step; where steps were done again, the last time."""
-    records = {r["step"]: r["loss"] for r in read_log(str(next(run.rglob("metrics.jsonl")).parent)) if "loss" in r}
-    return np.array([records[step] for step in sorted(records)])
-
-
-def worlds(run: Path) -> list[tuple[int, int]]:
-    """(step, workers) at each start of a training."""
-    return [(r["start"], r["world"]) for r in read_log(str(next(run.rglob("metrics.jsonl")).parent)) if "start" in r]
-
-
-def step_of(run: Path) -> int:
-    logs = list(run.rglob("metrics.jsonl"))
-    return max((r.get("step", 0) for r in read_log(str(logs[0].parent))), default=0) if logs else 0
-
-
-def labelling(at: Machines, images: int) -> tuple[list[Claim], list[str]]:
-    """Scores and masks, undisturbed, with a machine killed, with one cut off, and with the head restarted."""
+def labelling(at: Machines, images: int, told: Told) -> None:
+    """Scores and masks with a machine killed, one cut off, the job's own machine killed, the head restarted, and all on S3."""
     trial, folder = Trial(at), at.shared
     model, place = untrained(folder / "model", PX), str(folder / "manifest")
     scenes(folder / "archive", images, PX)
-    claims, notes = [], []
-    started = time.perf_counter()
-    submit(at, "index", folder / "archive" / "images", "--out", place)
-    notes.append(f"a job that indexes {images} images took {time.perf_counter() - started:.0f} s from command to end")
-    for verb, read in (("score", rows), ("label", masks)):
-        plain = [sys.executable, "-m", "raysal", verb, model, place, "--out", str(folder / f"{verb}-alone"), *QUICK_LOOK[:4]]
-        plain += ["--set", "compute.in_process=100000"]
-        subprocess.run(plain, check=True, env=at.environment(token=False), stdout=subprocess.DEVNULL)
+    archive = folder / "archive" / "images"
+    began = time.perf_counter()
+    submit(at, "index", archive, "--out", place)
+    more = time.perf_counter() - began - alone(at, "index", archive, "--out", folder / "manifest-alone")
+    told.claim(f"submitting a job that indexes {images} images: seconds beyond the same command alone", more, None, "lower")
+    verbs: tuple[tuple[str, Callable[[str], dict]], ...] = (("score", rows), ("label", masks))
+    for verb, read in verbs:
+        alone(at, verb, model, place, "--out", folder / f"{verb}-alone", *SETTINGS, "--set", "compute.in_process=100000")
         expected = read(str(folder / f"{verb}-alone"))
         for what, act in (("killed", at.kill), ("cut off the network", at.cut)):
-            out = folder / f"{verb}-{what.split()[0]}"
-            submit(at, verb, model, place, "--out", out, *QUICK_LOOK, meanwhile=trial.when(shards(out), act))
+            out = str(folder / f"{verb}-{what.split()[0]}")
+            submit(at, verb, model, place, "--out", out, *SETTINGS, *ACTORS, meanwhile=trial.other(shards(out), act))
             trial.mend()
-            claims.append(
-                Claim(
-                    f"{verb}, a worker machine {what}: share of images with the undisturbed row, once",
-                    same(read(str(out)), expected),
-                    1.0,
-                    "higher",
-                    "",
-                )
-            )
-            print(claims[-1], flush=True)
-    out = folder / "label-head"
-    job = at.submit("label", model, place, "--out", out, *QUICK_LOOK, "--no-wait")
-    job.wait(300)
-    until(shards(out))
-    for machine in range(3):
-        at.kill(machine)  # without its head a cluster's workers end too, some minutes later
-    had = len(masks(str(out)))
-    for machine in range(3):
-        at.start(machine)
-        if machine == 0:
-            at.wait(1)
-    at.wait(3)
-    said = submit(at, "label", model, place, "--out", out, *QUICK_LOOK)
-    claims.append(
-        Claim(
-            "label, the head restarted, the same submission: share of images with the undisturbed row, once",
-            same(masks(str(out)), expected),
-            1.0,
-            "higher",
-            "",
-        )
-    )
-    notes.append(
-        f"when the head went {had} of {images} images were done; the submission after it did the others: {said.strip().splitlines()[-1]}"
-    )
-    print(claims[-1], notes[-1], flush=True)
-    return claims, notes
+            told.whole(f"{verb}, a worker machine {what}", same(read(out), expected))
+    for what, how in (("the job's own machine killed", trial.own), ("the head killed and restarted", trial.head)):
+        out = str(folder / f"label-{what.split()[1]}")
+        submit(at, "label", model, place, "--out", out, *SETTINGS, *ACTORS, meanwhile=how(shards(out)), fails=True)
+        if how == trial.own:
+            trial.mend()
+        had = len(masks(out))
+        said = submit(at, "label", model, place, "--out", out, *SETTINGS, *ACTORS)
+        told.whole(f"label, {what}, the same submission again", same(masks(out), expected))
+        told.note(f"{what}: {had} of {images} images were done; the same submission did the others: {said.strip().splitlines()[-1]}")
+    told.note(f"the workers of a head that is gone ended {trial.headless_s:.0f} s later")
+    files = fsspec.filesystem("s3")
+    files.put(model, f"{STORE}/model", recursive=True)
+    files.put(str(archive), f"{STORE}/raw", recursive=True)
+    submit(at, "index", f"{STORE}/raw", "--out", f"{STORE}/manifest")
+    out = f"{STORE}/labels"
+    there = ("label", f"{STORE}/model", f"{STORE}/manifest", "--out", out)
+    submit(at, *there, *SETTINGS, *ACTORS, meanwhile=trial.other(shards(out), at.kill))
+    trial.mend()
+    by_name = {named(out)[i]: mask for i, mask in masks(out).items()}
+    here = named(str(folder / "label-alone"))
+    told.whole("label from S3 to S3, a worker machine killed", same(by_name, {here[i]: mask for i, mask in expected.items()}))
+    grows(at, trial, model, place, expected, told)
 
 
-def training(at: Machines, steps: int) -> tuple[list[Claim], list[str]]:
-    """Two workers on two machines against two on one, then with disturbances, then elastic."""
+def named(labels: str) -> dict[str, str]:
+    """File names by id."""
+    from raysal.archive.tables import read_table
+
+    return {row["id"]: row["uri"].rpartition("/")[2] for row in read_table(labels, ["id", "uri"]).to_pylist()}
+
+
+def grows(at: Machines, trial: Trial, model: str, place: str, expected: dict[str, tuple], told: Told) -> None:
+    """Labelling that begins on one machine and gets actors on another that comes."""
+    out = str(at.shared / "label-grows")
+    trial.victim = 2
+    at.kill(2)
+    at.wait(2)
+
+    def comes() -> None:
+        until(shards(out))
+        at.start(2)
+        at.wait(3)
+
+    submit(at, "label", model, place, "--out", out, *SETTINGS, *ACTORS, "--set", "compute.min_actors=1",
+           "--set", "compute.cpus_per_actor=2", meanwhile=comes)  # fmt: skip
+    told.whole("label, begun on one machine, another comes", same(masks(out), expected))
+
+
+def training(at: Machines, steps: int, told: Told) -> None:
+    """Two workers on two machines against two on one, then with disturbances, on shared storage and on S3, then elastic."""
     trial, folder = Trial(at), at.shared
-    claims, notes = [], []
 
-    def config(name: str, **compute: object) -> Path:
-        tree = json.loads(json.dumps(TRAIN)) | {"run": str(folder / name)}
+    def config(run: str, name: str, **compute: object) -> Path:
+        tree = json.loads(json.dumps(TRAIN)) | {"run": run}
         tree["train"]["steps"] = steps
         tree["compute"] |= compute
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(tree))
         return file
 
-    def train(name: str, meanwhile: Callable[[], None] | None = None, **compute: object) -> np.ndarray:
-        submit(at, "train", "--config", config(name, **compute), meanwhile=meanwhile)
-        return losses(folder / name)
+    def difference(what: str, found: np.ndarray) -> None:
+        told.claim(f"training, {what}: largest difference of a step's loss", float(np.abs(found - here).max()), 1e-4, "lower")
 
     for name, workers in (("one-machine", 2), ("one-worker", 1)):
-        local = ["--set", "compute.cpus_per_worker=1", "--set", "compute.local_cpus=4", "--set", f"compute.train_workers={workers}"]
-        command = [sys.executable, "-m", "raysal", "train", "--config", str(config(name)), *local]
-        subprocess.run(command, check=True, env=at.environment(token=False), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    here, alone = losses(folder / "one-machine"), losses(folder / "one-worker")
-    there = train("two-machines")
-    claims.append(
-        Claim(
-            "training, 2 workers on 2 machines / on 1: largest difference of a step's loss",
-            float(np.abs(there - here).max()),
-            1e-4,
-            "lower",
-            "",
-        )
-    )
-    third = len(alone) // 3
-    claims.append(
-        Claim(
-            "training, 2 workers / 1: mean loss of the last third of the steps",
-            float(there[-third:].mean() / alone[-third:].mean()),
-            None,
-            "lower",
-            "x",
-        )
-    )
-    print(claims[-2:], flush=True)
-    for what, act in (("killed", at.kill), ("cut off the network", at.cut)):
-        name = f"train-{what.split()[0]}"
+        local = {"cpus_per_worker": 1, "local_cpus": 4, "train_workers": workers}
+        alone(at, "train", "--config", config(str(folder / name), name, **local))
+    here, one = losses(str(folder / "one-machine")), losses(str(folder / "one-worker"))
+    run = str(folder / "two-machines")
+    submit(at, "train", "--config", config(run, "two-machines"))
+    difference("2 workers on 2 machines / on 1", losses(run))
+    third = len(one) // 3
+    ratio = float(losses(run)[-third:].mean() / one[-third:].mean())
+    told.claim("training, 2 workers / 1: mean loss of the last third of the steps", ratio, None, "lower")
+    for base, where in ((str(folder), ""), (STORE, " on S3")):
+        for what, act in (("killed", at.kill), ("cut off the network", at.cut)):
+            name = f"train-{what.split()[0]}"
+            run = join(base, name)
+            if where and act == at.cut:
+                continue  # what differs is the storage, and a kill shows it
 
-        def back(act: Callable[[int], None] = act, name: str = name) -> None:
-            trial.when(lambda: step_of(folder / name) >= steps // 4, act)()
-            trial.mend()
+            def lost(act: Callable[[int], None] = act, run: str = run) -> None:
+                trial.other(lambda: step_of(run) >= steps // 4, act)()
+                trial.mend()
 
-        got = train(name, back)
-        claims.append(
-            Claim(
-                f"training, a worker machine {what}: largest difference of a step's loss",
-                float(np.abs(got - here).max()),
-                1e-4,
-                "lower",
-                "",
-            )
-        )
-        notes.append(f"{name}: (step, workers) at each start: {worlds(folder / name)}")
-        print(claims[-1], notes[-1], flush=True)
+            submit(at, "train", "--config", config(run, name + where.replace(" ", "-")), meanwhile=lost)
+            difference(f"a worker machine {what}{where}", losses(run))
+            told.note(f"{name}{where}: (step, workers) at each start: {worlds(run)}")
+    run = str(folder / "train-head")
+    file = config(run, "train-head")
+    submit(at, "train", "--config", file, meanwhile=trial.head(lambda: step_of(run) >= steps // 4), fails=True)
+    submit(at, "train", "--config", file)
+    difference("the head killed and restarted, the same submission again", losses(run))
+    told.note(f"train-head: (step, workers) at each start: {worlds(run)}")
+    elastic(at, trial, partial(config, str(folder / "elastic"), "elastic"), steps, here, told)
+
+
+def elastic(at: Machines, trial: Trial, config: Callable[..., Path], steps: int, here: np.ndarray, told: Told) -> None:
+    """A machine goes, training goes on with one worker; it comes back, and there are two again."""
+    run = str(at.shared / "elastic")
 
     def comes_and_goes() -> None:
-        trial.when(lambda: step_of(folder / "elastic") >= steps // 4, at.kill)()
-        until(lambda: worlds(folder / "elastic")[-1][1] == 1)
+        trial.other(lambda: step_of(run) >= steps // 4, at.kill)()
+        until(lambda: worlds(run)[-1][1] == 1)
         at.start(trial.victim)
         at.wait(3)
 
-    got = train("elastic", comes_and_goes, min_workers=1, resize_every_s=5)
-    seen = [world for _, world in worlds(folder / "elastic")]
+    submit(at, "train", "--config", config(min_workers=1, resize_every_s=5), meanwhile=comes_and_goes)
+    seen = [world for _, world in worlds(run)]
     order = [w for k, w in enumerate(seen) if k == 0 or w != seen[k - 1]]
-    claims.append(Claim("training, elastic: went from 2 workers to 1 to 2", float(order[:3] == [2, 1, 2]), 1.0, "higher", ""))
-    claims.append(
-        Claim(
-            "training, elastic / undisturbed: mean loss of the last third",
-            float(got[-third:].mean() / here[-third:].mean()),
-            None,
-            "lower",
-            "x",
-        )
-    )
-    notes.append(f"elastic: (step, workers) at each start: {worlds(folder / 'elastic')}")
-    print(claims[-2:], notes[-1], flush=True)
-    return claims, notes
+    told.claim("training, elastic: went from 2 workers to 1 to 2", float(order[:3] == [2, 1, 2]), 1.0, "higher")
+    third = len(here) // 3
+    ratio = float(losses(run)[-third:].mean() / here[-third:].mean())
+    told.claim("training, elastic / undisturbed: mean loss of the last third", ratio, None, "lower")
+    told.note(f"elastic: (step, workers) at each start: {worlds(run)}")
 
 
-def looping(at: Machines) -> list[str]:
-    """The whole loop, from submission to masks of the archive."""
+def looping(at: Machines, tiles: str | None, told: Told) -> None:
+    """The whole loop, from submission to masks of the archive, on synthetic scenes and on real tiles."""
     tree = json.loads(json.dumps(TRAIN)) | {"run": str(at.shared / "loop")}
     tree["train"]["steps"] = 20
-    file = at.shared / "loop.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    began = time.perf_counter()
-    said = submit(at, "loop", "--config", file)
-    took = f"{time.perf_counter() - began:.0f} s; it says: {said.strip().splitlines()[-2]}"
-    return [f"a loop of two rounds on synthetic scenes, from submission to masks: {took}"]
+    trees = {"synthetic scenes": tree}
+    if tiles is not None:
+        real = yaml.safe_load((Path(__file__).resolve().parents[1] / "configs" / "marsscapes.yaml").read_text())
+        real |= {"run": f"{STORE}/marsscapes", "compute": TRAIN["compute"], "runtime": {"kind": "eager"}}
+        real["data"]["root"] = str(Path(tiles).resolve())
+        real["train"] |= {"steps": 40, "checkpoint_every": 20}
+        trees["MarsScapes tiles, run folder on S3, 40 steps a round"] = real
+    for n, (what, tree) in enumerate(trees.items()):
+        file = at.shared / f"loop-{n}.yaml"
+        file.write_text(yaml.safe_dump(tree))
+        began = time.perf_counter()
+        said = submit(at, "loop", "--config", file)
+        end = [line for line in said.strip().splitlines() if "masks" in line][-1:]
+        labelled = len(masks(join(tree["run"], "labels")))
+        told.claim(f"a loop of two rounds on {what}: images with masks at its end", labelled, 1, "higher")
+        told.note(f"that loop took {time.perf_counter() - began:.0f} s from submission to masks; it says: {' '.join(end).strip()}")
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--data", help="MarsScapes tiles in raysal's folder layout")
     parser.add_argument("--parts", nargs="+", default=["label", "train", "loop"], choices=["label", "train", "loop"])
     args = parser.parse_args()
     if why := cannot():
         print(f"left out: {why}")
         return
     images, steps = (80, 40) if args.quick else (args.images, args.steps)
-    claims, notes = [], []
-    with tempfile.TemporaryDirectory(prefix="raysal-cluster-") as name, machines(Path(name), 3, cpus=4) as at:
-        if "label" in args.parts:
-            more, told = labelling(at, images)
-            claims, notes = claims + more, notes + told
-        if "train" in args.parts:
-            more, told = training(at, steps)
-            claims, notes = claims + more, notes + told
-        if "loop" in args.parts:
-            notes += looping(at)
+    told = Told()
+    with tempfile.TemporaryDirectory(prefix="raysal-cluster-") as name, machines(Path(name), 3, cpus=4, store=True) as at:
+        os.environ |= at.s3  # this process looks at what is there
+        parts = {"label": (labelling, images), "train": (training, steps), "loop": (looping, args.data)}
+        broken = False
+        for part in args.parts:
+            do, much = parts[part]
+            try:
+                do(at, much, told)
+            except Exception as error:  # the other parts tell theirs all the same
+                broken = True
+                told.claim(f"{part}: came to its end", 0.0, 1.0, "higher")
+                told.note(f"{part} broke down: {type(error).__name__}: {str(error)[-1500:]}")
     about = f"A head and two workers of 4 logical CPUs on {os.cpu_count()} cores; {ENCODER}, {PX} px; Ray's own limits for dead nodes.\n\n"
-    write("cluster", "Jobs on machines that die", claims, args.out, about + "\n".join(f"- {note}" for note in notes), {"SCRATCH": name})
+    notes = about + "\n".join(f"- {note}" for note in told.notes)
+    write("cluster", "Jobs on machines that die", told.claims, args.out, notes, {"SCRATCH": name, "TILES": args.data or "TILES"})
+    if broken:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

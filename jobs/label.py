@@ -1,6 +1,6 @@
 """`raysal label` as a Ray job, from a checkout:
 
-ray job submit --working-dir . --entrypoint-num-cpus 1 -- \
+ray job submit --working-dir . --entrypoint-num-cpus 1 --runtime-env-json '{"env_vars": {"RAYSAL_JOB_CPUS": "1"}}' -- \
     python jobs/label.py s3://mission/models/current s3://mission/manifest --out s3://mission/labels
 """
 

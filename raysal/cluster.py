@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import time
@@ -13,12 +14,22 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysal.config import JOB_CPUS, ComputeConfig
+from raysal.config import ComputeConfig
+from raysal.environment import JOB_CPUS
 from raysal.errors import ResourceError
+from raysal.plan import ACTOR_BYTES
 
 INGEST_CPUS = 0.5
 """Logical CPUs that a training leaves to the tasks that decode unlabelled images."""
+
+COORDINATOR, HEAD = "AutoscalingCoordinator", "node:__internal_head__"
+"""Name and namespace of an actor of Ray Data, see `_helpers_on_head`; the resource by which Ray marks a head."""
+
+HELPERS_S = 60.0
+"""Within which a head starts a process."""
 
 GROW_POLL_S = 5.0
 """Between two looks at a cluster that grows."""
@@ -43,6 +54,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     try:
         if address:
             ray.init(address=address, logging_level=logging.WARNING, logging_config=logs, log_to_driver=False)
+            _helpers_on_head()
         else:
             start_here(
                 num_cpus=compute.local_cpus or 2 * (os.cpu_count() or 1),
@@ -59,6 +71,33 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _helpers_on_head() -> None:
+    """Has the actors that Ray Data keeps for all jobs of a cluster live on its head.
+
+    Whoever needs one first starts it, bound for good to the node it is on itself: a worker, for a submitted job. That node can never go
+    idle, and once it is lost every stream breaks that has to restart an actor. Without its head a cluster is gone anyway.
+    """
+    with contextlib.suppress(ValueError):
+        ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+        return
+    head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
+    if head not in (None, ray.get_runtime_context().get_node_id()):
+        there = NodeAffinitySchedulingStrategy(head, soft=False)
+        with contextlib.suppress(RayError):  # a head that can't run it: they begin where the first job is
+            ray.get(_start_helpers.options(scheduling_strategy=there).remote(), timeout=HELPERS_S)
+
+
+@ray.remote(num_cpus=0)
+def _start_helpers() -> None:
+    """Ray Data's own ways to them, which bind them to the node of this task; there are no public ones."""
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+    from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    for start in (get_or_create_actor_location_tracker, get_or_create_stats_actor, get_or_create_autoscaling_coordinator):
+        start()
 
 
 def start_here(**options: Any) -> Any:
@@ -104,19 +143,34 @@ def _object_store_bytes() -> int | None:
     return None
 
 
-def _cpus() -> list[float]:
-    """Logical CPUs that work can have on each node that is up: those of a job's own process are taken."""
+Resources = dict[str, float]
+"""As Ray names them: CPU, GPU, and memory in bytes."""
+
+
+def _nodes() -> list[Resources]:
+    """What work can have on each node that is up: the CPUs of a job's own process are taken."""
     held = float(os.environ.get(JOB_CPUS) or 0)
     mine = ray.get_runtime_context().get_node_id() if held else None
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return [float(node["Resources"].get("CPU", 0)) - (held if mine and node["NodeID"] == mine else 0) for node in nodes]
+    up = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [{**has, "CPU": has.get("CPU", 0.0) - (held if id_ == mine else 0.0)} for id_, has in up]
+
+
+def _all(nodes: list[Resources], what: str) -> float:
+    return sum(node.get(what, 0.0) for node in nodes)
+
+
+def _lacks_room(nodes: list[Resources], n: int, what: str, bundle: Resources, knobs: str) -> str:
+    """What is wrong where the cluster has what is needed, but on too many nodes: a process is never spread over several."""
+    fit = sum(max(0, min(math.floor(node.get(k, 0.0) / v + 1e-9) for k, v in bundle.items())) for node in nodes)
+    each = ", ".join(f"{v / 1e9:.1f} GB of memory" if k == "memory" else f"{v:g} {k}" for k, v in bundle.items())
+    return "" if fit >= n else f"{n} {what}, each of {each}: the nodes of the cluster have room for only {fit} such; lower {knobs}"
 
 
 def _besides() -> str:
     return f" besides the {os.environ[JOB_CPUS]} of this job's own process" if os.environ.get(JOB_CPUS) else ""
 
 
-def _waited(compute: ComputeConfig, bundle: dict[str, float], n: int, lacks: Callable[[], str]) -> str:
+def _waited(compute: ComputeConfig, bundle: Resources, n: int, lacks: Callable[[], str]) -> str:
     """What the cluster lacks; empty where it lacks nothing, or its autoscaler brought it within `compute.grow_s`."""
     lack, end = lacks(), time.monotonic() + compute.grow_s
     if not lack or not compute.grow_s:
@@ -131,6 +185,22 @@ def _waited(compute: ComputeConfig, bundle: dict[str, float], n: int, lacks: Cal
     return f"{lack} (waited {compute.grow_s:g} s for more nodes)" if lack else ""
 
 
+def _of_a_worker(compute: ComputeConfig) -> Resources:
+    """What Ray books for a train worker."""
+    return {"CPU": compute.cpus_per_worker} | ({"GPU": 1.0} if compute.use_gpu else {})
+
+
+def of_an_actor(compute: ComputeConfig) -> Resources:
+    """What Ray books for an actor that scores or labels; on a cluster the memory of a loaded model too, so that no node gets too many."""
+    booked = {"CPU": compute.cpus_per_actor} | ({"GPU": compute.gpus_per_actor} if compute.use_gpu else {})
+    return booked | ({"memory": ACTOR_BYTES} if elsewhere(compute) else {})
+
+
+def elsewhere(compute: ComputeConfig) -> bool:
+    """Whether the work is for a cluster: one that is named, or Ray is up on more machines than this one."""
+    return bool(compute.address or os.environ.get("RAY_ADDRESS")) or (ray.is_initialized() and len(ray.nodes()) > 1)
+
+
 def check_training(compute: ComputeConfig) -> None:
     """Refuses a training that the cluster could never schedule, with the numbers, instead of waiting for ever.
 
@@ -139,21 +209,14 @@ def check_training(compute: ComputeConfig) -> None:
     """
     if compute.train_workers == 0:
         return
-    bundle = {"CPU": compute.cpus_per_worker} | ({"GPU": 1.0} if compute.use_gpu else {})
-    if lack := _waited(compute, bundle, compute.min_workers or compute.train_workers, lambda: _lacks_for_training(compute)):
+    if lack := _waited(compute, _of_a_worker(compute), compute.min_workers or compute.train_workers, lambda: _lacks_for_training(compute)):
         raise ResourceError(lack)
 
 
 def _lacks_for_training(compute: ComputeConfig) -> str:
     workers = compute.min_workers or compute.train_workers
-    cpus, gpus = _cpus(), ray.cluster_resources().get("GPU", 0)
-    have, need = sum(cpus), workers * compute.cpus_per_worker + INGEST_CPUS
-    fit = sum(int(room // compute.cpus_per_worker) for room in cpus)
-    if have >= need and fit < workers:  # a worker can't be spread over nodes
-        return (
-            f"{workers} train workers of {compute.cpus_per_worker:g} CPUs each: the cluster has {have:g} CPUs, but its nodes "
-            f"have room for only {fit} such workers; lower compute.cpus_per_worker or compute.train_workers"
-        )
+    nodes = _nodes()
+    have, gpus, need = _all(nodes, "CPU"), _all(nodes, "GPU"), workers * compute.cpus_per_worker + INGEST_CPUS
     if have < need:
         return (
             f"{workers} train workers x {compute.cpus_per_worker:g} CPUs + {INGEST_CPUS:g} for decoding = {need:g} CPUs, "
@@ -165,32 +228,34 @@ def _lacks_for_training(compute: ComputeConfig) -> str:
             f"{workers} train workers need {workers} GPUs, but the cluster has {gpus:g}; "
             "lower compute.train_workers or set compute.use_gpu=false"
         )
-    return ""
+    return _lacks_room(nodes, workers, "train workers", _of_a_worker(compute), "compute.cpus_per_worker or compute.train_workers")
 
 
-def score_actors(compute: ComputeConfig) -> int:
-    """Number of model actors: as asked, or one a GPU or a core.
+def score_actors(compute: ComputeConfig) -> tuple[int, int]:
+    """Least and largest number of model actors: as asked, or one a GPU or a core that is there. Between the two nodes come and go.
 
     Raises:
-        ResourceError: The cluster has fewer CPUs or GPUs than the actors and one read task need.
+        ResourceError: The cluster has no room for the least number of actors and one read task.
     """
+    nodes = _nodes()
     if compute.use_gpu:
-        actors = compute.score_actors or max(1, int(ray.cluster_resources().get("GPU", 0)))
+        actors = compute.score_actors or max(1, sum(int(node.get("GPU", 0) / compute.gpus_per_actor) for node in nodes))
     else:
-        cores = sum(_cpus())
+        cores = _all(nodes, "CPU")
         default = os.cpu_count() or 1 if len(ray.nodes()) == 1 else int(cores)
         actors = compute.score_actors or max(1, min(default, int((cores - INGEST_CPUS) / compute.cpus_per_actor)))
-    bundle = {"CPU": compute.cpus_per_actor} | ({"GPU": 1.0} if compute.use_gpu else {})
-    if lack := _waited(compute, bundle, actors, lambda: _lacks_for_scoring(compute, actors)):
+    least = min(compute.min_actors, actors) or actors
+    if lack := _waited(compute, of_an_actor(compute), least, lambda: _lacks_for_scoring(compute, least)):
         raise ResourceError(lack)
-    return actors
+    return least, actors
 
 
 def _lacks_for_scoring(compute: ComputeConfig, actors: int) -> str:
-    cores, gpus = sum(_cpus()), ray.cluster_resources().get("GPU", 0)
-    if compute.use_gpu and gpus < actors:
+    nodes = _nodes()
+    cores, gpus = _all(nodes, "CPU"), _all(nodes, "GPU")
+    if compute.use_gpu and gpus < actors * compute.gpus_per_actor:
         return (
-            f"{actors} score actors need {actors} GPUs, but the cluster has {gpus:g}; "
+            f"{actors} score actors need {actors * compute.gpus_per_actor:g} GPUs, but the cluster has {gpus:g}; "
             "lower compute.score_actors or set compute.use_gpu=false"
         )
     need = actors * compute.cpus_per_actor + INGEST_CPUS
@@ -199,4 +264,4 @@ def _lacks_for_scoring(compute: ComputeConfig, actors: int) -> str:
             f"{actors} score actors x {compute.cpus_per_actor:g} CPUs + {INGEST_CPUS:g} for reading = {need:g} CPUs, but the cluster has "
             f"{cores:g}{_besides()}; lower compute.score_actors or compute.cpus_per_actor"
         )
-    return ""
+    return _lacks_room(nodes, actors, "score actors", of_an_actor(compute), "compute.cpus_per_actor or compute.score_actors")

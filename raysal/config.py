@@ -33,9 +33,6 @@ LossName = Literal["wce", "dice", "focal", "ohem", "lovasz"]
 Method = Literal["cps_mars"]
 WeightScheme = Literal["none", "sqrt_inverse", "inverse", "median_frequency", "enet", "effective_number"]
 
-JOB_CPUS = "RAYSAL_JOB_CPUS"
-"""Environment variable that tells a submitted job how many logical CPUs its own process holds: the work it starts can't have them."""
-
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
@@ -265,6 +262,8 @@ class ComputeConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3  # times a dead train worker is replaced; -1: for ever
     in_process: Count = 500  # images that are scored or labelled without Ray's actors, which take longer to start; not on several nodes
     score_actors: Count = 0  # model actors; 0: one per core (per GPU with use_gpu)
+    min_actors: Count = 0  # score with any number from this to score_actors, as nodes come and go; 0: always with score_actors
+    gpus_per_actor: Annotated[float, Field(gt=0, le=1)] = 1.0  # 0.5: two on a GPU, where a small network leaves it idle between images
     cpus_per_actor: PositiveFloat = 0.5  # under 1, so that read tasks always find a slot
     ingest_tasks: Count = 0  # tasks that decode unlabelled images at once; 0: a quarter of the cluster's logical CPUs
     grow_s: NonNegative = 0.0  # seconds to wait for an autoscaler to bring what a run needs; 600 where nodes come and go
@@ -273,8 +272,9 @@ class ComputeConfig(Section):
 
     @model_validator(mode="after")
     def _elastic(self) -> ComputeConfig:
-        if self.min_workers > self.train_workers:
-            raise ValueError(f"min_workers is {self.min_workers}, at most train_workers ({self.train_workers})")
+        for least, most in (("min_workers", "train_workers"), ("min_actors", "score_actors")):
+            if (few := getattr(self, least)) > (many := getattr(self, most)) and (many or least == "min_workers"):
+                raise ValueError(f"{least} is {few}, at most {most} ({many})")
         return self
 
 

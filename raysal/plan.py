@@ -146,6 +146,7 @@ class Plan:
         work, node, rate: What was asked.
         nodes: Without the head.
         actors: Processes that hold the model, one a core or GPU.
+        cpus_per_actor: Cores that each may have, so that as many fit on a node as were counted.
         blocks: Shards, too.
         seconds: By part: start, ids, images, last_block, shards. Their sum is the run.
         spare: Share of the actors' time that is left for deaths, slow nodes and slow storage.
@@ -159,6 +160,7 @@ class Plan:
     rate: Rate
     nodes: int
     actors: int
+    cpus_per_actor: float
     blocks: int
     seconds: dict[str, float]
     spare: float
@@ -183,9 +185,16 @@ class Plan:
     def bytes_written(self) -> int | None:
         return None if self.work.row_bytes is None else int(self.work.images * self.work.row_bytes)
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Of `raysal label` and `score`, so that the run grows to these actors from the first node that comes."""
+        gpu = ("compute.use_gpu=true",) if self.rate.of == "GPU" else ()
+        return (f"compute.score_actors={self.actors}", "compute.min_actors=1", f"compute.cpus_per_actor={self.cpus_per_actor:g}", *gpu)
+
     def to_dict(self) -> dict[str, Any]:
-        more = {"hours": self.hours, "node_hours": self.nodes * self.hours, "cost": self.cost}
-        return dataclasses.asdict(self) | more | {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written}
+        more: dict[str, Any] = {"hours": self.hours, "node_hours": self.nodes * self.hours, "cost": self.cost}
+        more |= {"bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "settings": self.settings}
+        return dataclasses.asdict(self) | more
 
     def text(self) -> str:
         """For people."""
@@ -201,6 +210,7 @@ class Plan:
         ]
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.2f} for {self.nodes * self.hours:,.1f} node hours, without the head")
+        lines.append(f"settings: {' '.join(f'--set {setting}' for setting in self.settings)}")
         lines.append(f"rate: {self.rate.images_per_second:.3g} images/s a {self.rate.of}; {self.rate.source}")
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
@@ -241,7 +251,8 @@ def hours_on(nodes: int, work: Work, node: Node, rate: Rate, spare: float = 0.2)
     }
     driver = DRIVER_BYTES + ID_BYTES * work.images
     node_bytes = (SHARED_BYTES + each * _actor_bytes(work)) / (1 - STORE_SHARE)
-    return Plan(work, node, rate, nodes, actors, blocks, seconds, spare, node_bytes, driver, _warnings(node, rate, each, actors))
+    cpus = math.floor(100 * node.cores / each) / 100
+    return Plan(work, node, rate, nodes, actors, cpus, blocks, seconds, spare, node_bytes, driver, _warnings(node, rate, each, actors))
 
 
 def nodes_for(hours: float, work: Work, node: Node, rate: Rate, spare: float = 0.2) -> Plan:
@@ -289,11 +300,7 @@ def _actor_bytes(work: Work) -> float:
 def _warnings(node: Node, rate: Rate, each: int, actors: int) -> tuple[str, ...]:
     found, places = [], node.gpus if rate.of == "GPU" else node.cores
     if each < places:
-        share = math.ceil(100 * node.cores / each) / 100
-        found.append(
-            f"the memory of a node holds {each} actors, not {places}: set compute.score_actors={actors} and "
-            f"compute.cpus_per_actor={share:g}, or take larger nodes"
-        )
+        found.append(f"the memory of a node holds {each} actors, not {places}: give the settings above, or take larger nodes")
     if actors > KNOWN_ACTORS:
         found.append(
             f"{actors:,} actors are more than the {KNOWN_ACTORS} beyond which Ray Data's driver was reported to fall behind: give each a "

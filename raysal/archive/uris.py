@@ -10,6 +10,7 @@ import fcntl
 import functools
 import io
 import json
+import logging
 import os
 import posixpath
 import uuid
@@ -24,6 +25,8 @@ from fsspec.spec import AbstractBufferedFile
 
 from raysal.archive.entries import cause_of
 from raysal.errors import InputError, RaysalError
+
+log = logging.getLogger(__name__)
 
 
 def open_fs(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -333,8 +336,10 @@ def locked(folder: str, busy: str) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(f"{folder}: {busy}") from error
+        except OSError as error:  # Lustre without flock, some FUSE mounts: as object stores
+            log.warning("%s: its file system has no locks (%s), so two writers at once would not be seen", folder, error.strerror)
         yield
 
 

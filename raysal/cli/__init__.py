@@ -15,6 +15,7 @@ from raysal.cli.archive import index
 from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set
 from raysal.cli.planning import plan
 from raysal.config import Config, load
+from raysal.environment import check_client
 from raysal.errors import ConfigError, RaysalError
 from raysal.progress import Ui, audited, failed, measured, number
 
@@ -337,6 +338,7 @@ def main(*verb: str) -> None:
     """Entry point: maps errors to exit codes (0 done, 1 failed, 2 bad usage or input). A verb goes before the arguments of the process."""
     _quiet()
     try:
+        check_client()
         app([*verb, *sys.argv[1:]])
     except RaysalError as error:
         failed(error)

@@ -26,6 +26,8 @@ Address = Annotated[
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as raysal submit said it.")]
 
+Insecure = Annotated[bool, typer.Option("--insecure", help="Also to a cluster that asks for no token.")]
+
 app = typer.Typer(
     no_args_is_help=True,
     help="The verbs as jobs of a Ray cluster. The same submission twice is one job; one that failed is sent again and goes on.",
@@ -44,6 +46,7 @@ def verb(
     memory: Annotated[str | None, typer.Option(help="Memory that it books, for example 4G.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job's log to its end, and exit as it does.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Also where the same has succeeded before: archives grow.")] = False,
+    insecure: Insecure = False,
     json_: Json = False,
 ) -> None:
     """As a job on a cluster, with the verb's own arguments and options."""
@@ -54,7 +57,7 @@ def verb(
     name = context.command.name or ""
     made = submission(name, context.args, _parsed(name, context.args), wheel, cpus, size(memory, "--memory") or 0)
     ui = Ui(json_)
-    jobs = Jobs(address, ui.warning)
+    jobs = Jobs(address, ui.warning, insecure)
     id_, before = jobs.submit(made, again)
     if before is not None and before.status.is_terminal():
         return _report(ui, before, f"{id_} succeeded before, nothing to do; once more, for what is new since: --again")
@@ -140,7 +143,7 @@ def _jobs(address: str, as_json: bool) -> Jobs:
     authenticated(starts=False)
     from raysal.jobs.cluster import Jobs
 
-    return Jobs(address, Ui(as_json).warning)
+    return Jobs(address, Ui(as_json).warning, insecure=True)  # nothing of ours goes there
 
 
 def _followed(ui: Ui, jobs: Jobs, id_: str) -> JobDetails:

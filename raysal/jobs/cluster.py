@@ -39,16 +39,19 @@ class Jobs:
     Args:
         address: Of its dashboard.
         warn: Told what is unsafe about it.
+        insecure: Also a cluster that asks for no token will do.
 
     Raises:
-        InputError: Nobody answers there, the token is missing or wrong, or its Ray is of another version than this one.
+        InputError: Nobody answers there or asks for a token, the token is missing or wrong, or its Ray is of another version than this one.
     """
 
-    def __init__(self, address: str, warn: Say = lambda _: None) -> None:
+    def __init__(self, address: str, warn: Say = lambda _: None, insecure: bool = False) -> None:
         self.address = check_address(address)
-        tokens = _wants_token(self.address)
-        if not tokens:
-            warn(f"{self.address} asks for no token: whoever reaches it can run programs there; see docs/security.md")
+        if not _wants_token(self.address):
+            said = f"{self.address} asks for no token: whoever reaches it can run programs there, and read what yours do"
+            if not insecure:
+                raise InputError(f"{said}; start its nodes with RAY_AUTH_MODE=token (docs/security.md), or say --insecure")
+            warn(said)
         elif in_clear(self.address):
             warn(f"{self.address}: the token crosses the network in clear; use https or an SSH tunnel")
         self.client = _client(self.address)
@@ -79,6 +82,7 @@ class Jobs:
                     metadata=made.metadata,
                     entrypoint_num_cpus=made.cpus,
                     entrypoint_memory=made.memory or None,
+                    entrypoint_num_gpus=made.gpus or None,
                 )
         except Exception as error:  # of all sorts, as the answer is
             if "already exists" in str(error):  # somebody else sent the same at the same moment

@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import raysal
-from raysal.config import JOB_CPUS, Config, digest_of, load
+from raysal.config import Config, digest_of, load
+from raysal.environment import CLIENT, JOB_CPUS, programs
 from raysal.errors import ConfigError, InputError
 
 VERBS = ("train", "score", "query", "label", "loop", "evaluate", "index")
@@ -27,6 +28,9 @@ WITHOUT_CONFIG = ("index",)
 
 OF_RUNS = ("train", "loop")
 """Verbs that take their places from the configuration: `run`, and `data.root`."""
+
+IN_PROCESS = ("evaluate",)
+"""Verbs whose network runs in the job's own process."""
 
 PLACES = ("checkpoint", "manifest", "out", "scores", "labeled", "labels", "dataset", "places")
 """Parameters of the verbs that name files or folders."""
@@ -63,6 +67,7 @@ class Submission:
         wheel: The wheel that travels, None where the cluster's image has raysal.
         cpus: Logical CPUs that the job's own process books, so that it lands on a node that is there for work.
         memory: Bytes that it books; 0 books none.
+        gpus: GPUs that it books: verbs that run the network in the job's own process need one with `compute.use_gpu`.
         here: Local paths among the arguments that exist on this machine, where the job may not see them.
         digest: Of the configuration.
     """
@@ -74,6 +79,7 @@ class Submission:
     wheel: Path | None = None
     cpus: float = 1.0
     memory: int = 0
+    gpus: int = 0
     here: tuple[str, ...] = field(default=())
     digest: str = ""
 
@@ -93,7 +99,7 @@ class Submission:
 
         The wheel is unpacked, as Ray would have pip install it with all that it depends on, once more on every node.
         """
-        made: dict[str, Any] = {"env_vars": {JOB_CPUS: f"{self.cpus:g}"}}
+        made: dict[str, Any] = {"env_vars": {JOB_CPUS: f"{self.cpus:g}", CLIENT: programs()}}
         with tempfile.TemporaryDirectory(prefix="raysal-submit-") as folder:
             if self.config is not None:
                 alone = Path(folder) / "config"
@@ -141,9 +147,10 @@ def submission(
     digest = "" if cfg is None else cfg.digest()
     about = None if cfg is None else cfg.model_dump(mode="json", exclude={"compute"})
     rest = {k: v for k, v in values.items() if k not in ("config", "set_", "json_")}
-    here = tuple(p for p in places if "://" not in p and os.path.exists(p))
+    here = tuple(p for p in places if os.path.exists(p.removeprefix("file://")))
     id_ = f"{PREFIX}{verb}-{digest_of([verb, about, rest])[:12]}"
-    return Submission(verb, tuple(_bare(arguments)), id_, config, wheel, cpus, memory, here, digest)
+    gpus = int(cfg is not None and cfg.compute.use_gpu and verb in IN_PROCESS)
+    return Submission(verb, tuple(_bare(arguments)), id_, config, wheel, cpus, memory, gpus, here, digest)
 
 
 def check_address(address: str) -> str:

@@ -28,8 +28,8 @@ from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
 from raysal.archive.uris import join, read_record
-from raysal.cluster import connected, data_context, score_actors
-from raysal.config import ComputeConfig, Config
+from raysal.cluster import connected, data_context, elsewhere, of_an_actor, score_actors
+from raysal.config import Config
 from raysal.errors import RaysalError
 from raysal.model.checkpoint import INFO
 from raysal.nodes import check_nodes
@@ -180,10 +180,11 @@ def run_pool(
 def _joined(job: Job, missing: np.ndarray) -> Iterator[None]:
     """Joins the cluster that there is work for, and has each of its nodes show that it can do its share. A refused run changes nothing."""
     compute = job.task.cfg.compute
-    if not (missing.any() and _elsewhere(compute)):
+    if not (missing.any() and elsewhere(compute)):
         yield
         return
     with connected(compute):
+        score_actors(compute)  # nodes that have to come first are asked too
         check_nodes([join(job.task.checkpoint_uri, INFO), *manifests.examples(job.manifest, missing)], [job.output.uri])
         yield
 
@@ -206,18 +207,22 @@ def _work(
 ) -> int:
     """Does the missing images of a manifest, here or on Ray. Returns the cores that were kept busy."""
     compute, todo = task.cfg.compute, int(missing.sum())
-    here = todo <= compute.in_process and not _elsewhere(compute)
+    here = todo <= compute.in_process and not elsewhere(compute)
     with contextlib.nullcontext() if here else connected(compute), metered(task.out_uri) as meters:
         meters.model(task.model_digest, str(task.runtime))
         tally = _Tally(todo, on_progress, meters)
-        actors = 1 if here else score_actors(compute)
+        least, actors = (1, 1) if here else score_actors(compute)
         rows = rows_per_shard or block_rows(todo, actors, task.cfg.score.batch_size)
         actors = min(actors, math.ceil(todo / rows))
-        task = dataclasses.replace(task, threads=max(1, (os.cpu_count() or 1 if here else _cores()) // actors))
+        least = min(least, actors)
+        cores = os.cpu_count() or 1 if here else _cores()
+        threads = max(1, cores // actors if least == actors else math.ceil(compute.cpus_per_actor))  # where nodes come: what each books
+        task = dataclasses.replace(task, threads=threads)
         if here:
             _work_here(kept, worker, missing_rows(manifest, missing), task, rows, tally)
         else:
-            _stream(worker, lambda: _blocks(manifest, missing, there, rows), task, rows, actors, tally)
+            pool = ActorPoolStrategy(size=actors) if least == actors else ActorPoolStrategy(min_size=least, max_size=actors)
+            _stream(worker, lambda: _blocks(manifest, missing, there, rows), task, rows, pool, tally)
     return actors * task.threads
 
 
@@ -233,9 +238,9 @@ def _work_here(kept: Kept, worker: type[PoolWorker], images: pa.Table, task: Tas
         torch.set_num_threads(threads)
 
 
-def _stream(worker: type[PoolWorker], blocks: Callable[[], Dataset], task: Task, rows: int, actors: int, tally: _Tally) -> None:
+def _stream(worker: type[PoolWorker], blocks: Callable[[], Dataset], task: Task, rows: int, pool: ActorPoolStrategy, tally: _Tally) -> None:
     """Sends blocks through the actors and counts receipts. Raises RaysalError where images and rows don't come out even."""
-    compute = task.cfg.compute
+    booked = of_an_actor(task.cfg.compute)
     with _as_raysal_errors(), data_context():
         DataContext.get_current().raise_original_map_exception = True  # not a wrapper that loses its cause on the way
         receipts = blocks().map_batches(  # made here: a data set keeps the context it was made in
@@ -243,9 +248,10 @@ def _stream(worker: type[PoolWorker], blocks: Callable[[], Dataset], task: Task,
             fn_constructor_kwargs={"task": task},
             batch_size=rows,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=actors),
-            num_cpus=compute.cpus_per_actor,
-            num_gpus=1 if compute.use_gpu else None,
+            compute=pool,
+            num_cpus=booked["CPU"],
+            num_gpus=booked.get("GPU"),
+            memory=booked.get("memory"),
         )
         # Closed by name: after an error in on_progress the traceback would keep the run going.
         batches: Any = iter(receipts.iter_batches(batch_size=None, batch_format="pyarrow"))
@@ -305,11 +311,6 @@ def _as_raysal_errors() -> Iterator[None]:
         # Ray adds advice below an error's text, but puts a traceback above the reason why an actor could not start.
         line = lines[-1] if isinstance(reason, ActorDiedError) else f"{type(reason).__name__}: {lines[0]}"
         raise RaysalError(f"the run broke down: {line}; mend that and run the same command again") from error
-
-
-def _elsewhere(compute: ComputeConfig) -> bool:
-    """Whether the work is for a cluster: one that is named, or Ray is up on more machines than this one."""
-    return bool(compute.address or os.environ.get("RAY_ADDRESS")) or (ray.is_initialized() and len(ray.nodes()) > 1)
 
 
 def _cores() -> int:

@@ -4,7 +4,8 @@ resources of its own. Needs root, iproute2, and a kernel that lets namespaces be
     python tests/e2e/machines.py up FOLDER --nodes 3     # prints how to reach it
     python tests/e2e/machines.py down FOLDER
 
-The first node is the head and has no CPUs. All ask for a token. FOLDER/shared is storage that all nodes see at the same path.
+The first node is the head and has no CPUs. All ask for a token. FOLDER/shared is storage that all nodes see at the same path; an S3 server
+outside of the machines (moto's) is another, which they and `Machines.environment` know by FSSPEC_S3_ENDPOINT_URL.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import httpx
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_S = 300
-DASHBOARD, GCS = 8265, 6379
+DASHBOARD, GCS, STORE = 8265, 6379, 9000
 
 QUICK_DEATH = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
 """A node that answers no more is given up after some 15 seconds instead of a minute."""
@@ -68,6 +69,7 @@ class Machines:
         net: Third number of its addresses, 198.18.NET.x, a range that is kept for tests.
         token: What its nodes and clients need to know.
         cpus: Logical CPUs of each machine but the head.
+        store: Whether there is an S3 server too.
         env: More environment variables of all nodes.
     """
 
@@ -76,6 +78,7 @@ class Machines:
     net: int = field(default_factory=lambda: secrets.randbelow(250))
     token: str = field(default_factory=lambda: secrets.token_hex(24))
     cpus: int = 2
+    store: bool = False
     env: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -94,6 +97,12 @@ class Machines:
     def address(self, machine: int) -> str:
         return f"198.18.{self.net}.{10 + machine}"
 
+    @property
+    def s3(self) -> dict[str, str]:
+        """What fsspec needs to find the S3 server; it takes any key."""
+        at = f"http://{self.gateway}:{STORE}"
+        return {"FSSPEC_S3_ENDPOINT_URL": at, "FSSPEC_S3_KEY": "k", "FSSPEC_S3_SECRET": "s"} if self.store else {}
+
     def environment(self, token: bool = True) -> dict[str, str]:
         """Of nodes, and of clients beside them; raysal is this checkout's."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYSAL_"))}
@@ -101,6 +110,7 @@ class Machines:
         env = (
             kept
             | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "HOME": str(self.folder), "OMP_NUM_THREADS": "1", "no_proxy": "*"}
+            | self.s3
             | self.env
         )
         return env | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")} if token else {})
@@ -116,10 +126,28 @@ class Machines:
         run("ip", "link", "add", self.name, "type", "bridge")
         run("ip", "address", "add", f"{self.gateway}/24", "dev", self.name)
         run("ip", "link", "set", self.name, "up")
+        if self.store:
+            self.serve_store()
         for machine in range(nodes):
             self.make(machine)
             self.start(machine)
             self.wait(machine + 1)  # one after the other: Ray gives up on a node that is slow to start
+
+    def serve_store(self) -> None:
+        """Starts the S3 server and makes the bucket "mission"."""
+        command = [sys.executable, "-m", "moto.server", "-H", self.gateway, "-p", str(STORE)]
+        with open(self.folder / "store.log", "w") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True)
+        (self.folder / "store.pid").write_text(str(process.pid))
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                httpx.put(f"{self.s3['FSSPEC_S3_ENDPOINT_URL']}/mission", timeout=10, trust_env=False).raise_for_status()
+                return
+            except httpx.HTTPError as error:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"no S3 server: {error}: {(self.folder / 'store.log').read_text()[-1000:]}") from error
+                time.sleep(0.2)
 
     def make(self, machine: int) -> None:
         """A network namespace with one interface on the bridge."""
@@ -184,6 +212,18 @@ class Machines:
                 return 2 if job["driver_info"]["node_ip_address"] == self.address(1) else 1
         raise RuntimeError("no job runs, so there is no machine without its process")
 
+    def helpers(self) -> dict[str, str]:
+        """Where the actors live that Ray Data keeps for all jobs: node ids by class."""
+        answer = httpx.get(
+            f"{self.dashboard}/api/v0/actors?limit=1000",
+            headers={"Authorization": f"Bearer {self.token}"},
+            timeout=30,
+            trust_env=False,
+        ).json()
+        kept = ("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor")
+        found = answer["data"]["result"]["result"]
+        return {actor["class_name"]: actor["node_id"] for actor in found if actor["class_name"] in kept and actor["state"] == "ALIVE"}
+
     def pids(self, machine: int) -> list[int]:
         return [int(pid) for pid in run("ip", "netns", "pids", f"{self.name}-{machine}", check=False).split()]
 
@@ -210,12 +250,14 @@ class Machines:
                 self.kill(int(space.rpartition("-")[2]))
                 run("ip", "netns", "del", space, check=False)
         run("ip", "link", "del", self.name, check=False)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+            os.kill(int((self.folder / "store.pid").read_text()), signal.SIGKILL)
 
 
 @contextmanager
-def machines(folder: Path, nodes: int = 3, cpus: int = 2, env: dict[str, str] | None = None) -> Iterator[Machines]:
+def machines(folder: Path, nodes: int = 3, cpus: int = 2, env: dict[str, str] | None = None, store: bool = False) -> Iterator[Machines]:
     """A cluster that is gone afterwards."""
-    made = Machines(folder, cpus=cpus, env=env or {})
+    made = Machines(folder, cpus=cpus, env=env or {}, store=store)
     try:
         made.up(nodes)
         yield made
@@ -236,13 +278,14 @@ def main() -> None:
     if args.do == "down":
         Machines(**(json.loads((folder / "machines.json").read_text()) | {"folder": folder})).down()
         return
-    made = Machines(folder, cpus=args.cpus)
+    made = Machines(folder, cpus=args.cpus, store=True)
     try:
         made.up(args.nodes)
     except BaseException:
         made.down()
         raise
     print(f"{args.nodes} nodes are up; storage that all see: {made.shared}")
+    print(f"{' '.join(f'{name}={value}' for name, value in made.s3.items())}: s3://mission")
     print(f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token")
     print(f"raysal submit list --address {made.dashboard}")
 

@@ -51,6 +51,10 @@ def test_a_machine_dies_while_it_labels_and_every_image_has_its_mask_once(cluste
     while not list(out.glob("part-*.parquet")):
         assert job.poll() is None and job.stdout is not None, job.stdout.read()
         time.sleep(0.05)
+    head = cluster.alive()[cluster.address(0)]
+    assert cluster.helpers() == dict.fromkeys(("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor"), head), (
+        "on a worker they would keep it from going idle, and break every stream when it goes"
+    )
     victim = cluster.without_the_job()
     cluster.kill(victim)
     said, _ = job.communicate(timeout=400)

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("labels", "config", "words"),
+    ("labels", "config", "words", "environment"),
     ("images", "archive"),
     ("datasets", "model", "query", "export", "plan"),
     ("answers", "client"),

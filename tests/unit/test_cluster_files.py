@@ -22,7 +22,8 @@ from ray.dashboard.modules.reporter import reporter_head
 
 import raysal
 from raysal.cli import app
-from raysal.config import JOB_CPUS, load
+from raysal.config import load
+from raysal.environment import JOB_CPUS
 from raysal.jobs.submission import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from raysal.archive.uris import exists, join, read_bytes
+from raysal.archive import uris
+from raysal.archive.uris import exists, join, locked, read_bytes
 from raysal.errors import ConfigError, InputError
 from raysal.rounds.ledger import Ledger
 from tests.helpers import tiny
@@ -89,3 +92,19 @@ def test_only_one_process_works_on_a_run(tmp_path: Path) -> None:
         pass
     with Ledger(str(tmp_path)).lock():
         assert exists(str(tmp_path / ".lock"))
+
+
+def test_a_file_system_without_locks_is_worked_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lustre without flock says ENOSYS, which is no sign of another process."""
+
+    def refuse(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(uris.fcntl, "flock", lambda *_: refuse(errno.ENOSYS))
+    with locked(str(tmp_path), "busy"):
+        assert "no locks" in caplog.text
+    monkeypatch.setattr(uris.fcntl, "flock", lambda *_: refuse(errno.EWOULDBLOCK))
+    with pytest.raises(InputError, match="busy"), locked(str(tmp_path), "busy"):
+        raise AssertionError("another process has it")

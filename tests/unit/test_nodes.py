@@ -12,14 +12,16 @@ import pytest
 
 import raysal
 from raysal import cluster, nodes
-from raysal.config import JOB_CPUS, ComputeConfig
+from raysal.config import ComputeConfig
+from raysal.environment import JOB_CPUS
 from raysal.errors import InputError, ResourceError
 
 HERE = {"Python": platform.python_version(), "raysal": raysal.__version__, "wrong": {}}
 
 
-def node(number: int, cpus: float = 4.0, alive: bool = True) -> dict[str, Any]:
-    return {"NodeID": f"{number:02d}" * 14, "NodeManagerAddress": f"10.0.0.{number}", "Alive": alive, "Resources": {"CPU": cpus}}
+def node(number: int, cpus: float = 4.0, alive: bool = True, gpus: float = 0.0) -> dict[str, Any]:
+    has = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return {"NodeID": f"{number:02d}" * 14, "NodeManagerAddress": f"10.0.0.{number}", "Alive": alive, "Resources": has}
 
 
 @pytest.fixture
@@ -124,9 +126,62 @@ def test_what_a_jobs_own_process_holds_is_not_promised_to_work(one_node: Callabl
     monkeypatch.setenv(JOB_CPUS, "1")
     with pytest.raises(ResourceError, match="the cluster has 1 besides the 1 of this job's own process"):
         cluster.check_training(ComputeConfig(train_workers=1))
-    assert cluster.score_actors(ComputeConfig()) == 1
+    assert cluster.score_actors(ComputeConfig()) == (1, 1)
     with pytest.raises(ResourceError, match="besides the 1"):
         cluster.score_actors(ComputeConfig(score_actors=2))
+
+
+@pytest.fixture
+def up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def make(*those: dict[str, Any]) -> None:
+        monkeypatch.setattr(cluster.ray, "nodes", lambda: list(those))
+
+    return make
+
+
+def test_processes_that_fit_on_no_node_are_refused_although_the_cluster_has_as_much(up: Callable[..., None]) -> None:
+    """Ray would wait for ever: none is spread over nodes."""
+    up(*(node(n, 8.0) for n in range(1, 5)))
+    assert cluster.score_actors(ComputeConfig(score_actors=4, cpus_per_actor=7)) == (4, 4)
+    with pytest.raises(ResourceError, match=r"2 score actors, each of 15 CPU:.*have room for only 0 such; lower compute.cpus_per_actor"):
+        cluster.score_actors(ComputeConfig(score_actors=2, cpus_per_actor=15))
+    with pytest.raises(ResourceError, match=r"2 train workers, each of 9 CPU:.*room for only 0 such"):
+        cluster.check_training(ComputeConfig(train_workers=2, cpus_per_worker=9))
+
+
+def test_a_gpu_and_its_cpus_must_be_on_one_node(up: Callable[..., None]) -> None:
+    gpu = ComputeConfig(train_workers=2, cpus_per_worker=6, use_gpu=True, score_actors=2, cpus_per_actor=6)
+    up(node(1, 8.0, gpus=1), node(2, 4.0, gpus=1), node(3, 32.0))
+    with pytest.raises(ResourceError, match=r"2 train workers, each of 6 CPU, 1 GPU:.*only 1 such"):
+        cluster.check_training(gpu)
+    with pytest.raises(ResourceError, match=r"2 score actors, each of 6 CPU, 1 GPU:.*only 1 such"):
+        cluster.score_actors(gpu)
+    up(node(1, 8.0, gpus=1), node(2, 8.0, gpus=1), node(3, 32.0))
+    cluster.check_training(gpu)
+    assert cluster.score_actors(gpu) == (2, 2)
+    with pytest.raises(ResourceError, match="need 3 GPUs, but the cluster has 2"):
+        cluster.score_actors(gpu.model_copy(update={"score_actors": 3}))
+    halves = ComputeConfig(use_gpu=True, gpus_per_actor=0.5, cpus_per_actor=2)
+    assert cluster.score_actors(halves) == (4, 4) and cluster.of_an_actor(halves) == {"CPU": 2, "GPU": 0.5}
+
+
+def test_actors_that_a_nodes_memory_does_not_hold_are_refused(up: Callable[..., None]) -> None:
+    small = node(1, 16.0)
+    small["Resources"]["memory"] = 3.5e9
+    up(small)
+    assert cluster.score_actors(ComputeConfig(score_actors=8)) == (8, 8)  # on this machine alone: it is whoever started it who decides
+    on_a_cluster = ComputeConfig(score_actors=8, address="10.0.0.1:6379")
+    with pytest.raises(ResourceError, match=r"8 score actors, each of 0.5 CPU, 1.0 GB of memory:.*room for only 3 such"):
+        cluster.score_actors(on_a_cluster)
+
+
+def test_where_nodes_come_and_go_the_least_number_of_actors_will_do(up: Callable[..., None]) -> None:
+    up(node(1, 4.0))
+    assert cluster.score_actors(ComputeConfig(score_actors=120, min_actors=2, cpus_per_actor=1)) == (2, 120)
+    with pytest.raises(ResourceError, match="4 score actors x 1 CPUs"):
+        cluster.score_actors(ComputeConfig(score_actors=120, min_actors=4, cpus_per_actor=1))
+    with pytest.raises(ValueError, match=r"min_actors is 3, at most score_actors \(2\)"):
+        ComputeConfig(score_actors=2, min_actors=3)
 
 
 def test_an_autoscaler_is_asked_and_waited_for_and_released(one_node: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,9 @@ def test_a_node_has_as_many_actors_as_its_memory_holds(memory_gb: int | None, ea
     plan = hours_on(2, Work(10**6, px=1024), node, OWN)
     assert plan.actors == 2 * each - 1
     assert memory_gb is None or plan.node_bytes <= memory_gb * 1e9
-    assert ("compute.score_actors" in " ".join(plan.warnings)) == (each < 16)
+    assert ("the memory of a node" in " ".join(plan.warnings)) == (each < 16)
+    assert plan.settings[:2] == (f"compute.score_actors={plan.actors}", "compute.min_actors=1")
+    assert each * plan.cpus_per_actor <= 16 < (each + 1) * plan.cpus_per_actor, "as many fit on a node, and no more"
 
 
 def test_larger_images_take_more_memory_up_to_the_largest_forward_pass() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raysal.config import JOB_CPUS
+from raysal.environment import CLIENT, JOB_CPUS, programs
 from raysal.errors import InputError
 from raysal.jobs.submission import VERBS, check_address, in_clear
 from tests.helpers import Call
@@ -74,7 +74,7 @@ def test_nothing_of_this_machine_travels_but_the_config(tmp_path: Path, monkeypa
     with job.runtime_env() as sent:
         folder = Path(sent["working_dir"])
         assert {f.name: f.read_text() for f in folder.iterdir()} == {"c.yaml": "seed: 3"}
-        assert set(sent) == {"env_vars", "working_dir"} and sent["env_vars"] == {JOB_CPUS: "1"}
+        assert set(sent) == {"env_vars", "working_dir"} and sent["env_vars"] == {JOB_CPUS: "1", CLIENT: programs()}
     assert not folder.exists()
     assert "secret" not in json.dumps([sent, job.metadata, job.entrypoint])
     with made("label", *LABEL).runtime_env() as sent:

@@ -129,11 +129,13 @@ def test_who_is_no_dashboard_is_told_so(monkeypatch: pytest.MonkeyPatch, answer:
         cluster.Jobs(ADDRESS)
 
 
-def test_a_cluster_without_tokens_and_a_token_in_clear_are_warned_of(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_without_tokens_is_refused_and_a_token_in_clear_warned_of(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     cluster.Jobs("http://head:8265", said.append)
     monkeypatch.setattr(cluster, "_wants_token", lambda address: False)
-    cluster.Jobs(ADDRESS, said.append)
+    with pytest.raises(InputError, match=r"asks for no token.*RAY_AUTH_MODE=token.*--insecure"):
+        cluster.Jobs(ADDRESS, said.append)
+    cluster.Jobs(ADDRESS, said.append, insecure=True)
     assert "in clear" in said[0] and "asks for no token" in said[1] and len(said) == 2
 
 
