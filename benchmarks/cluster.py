@@ -235,8 +235,8 @@ def looping(at: Machines, tiles: str | None, told: Told) -> None:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--images", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--data", help="MarsScapes tiles in raysal's folder layout")
     parser.add_argument("--parts", nargs="+", default=["label", "train", "loop"], choices=["label", "train", "loop"])
     args = parser.parse_args()
