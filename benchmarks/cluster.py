@@ -247,6 +247,7 @@ def main() -> None:
     told = Told()
     with tempfile.TemporaryDirectory(prefix="raysal-cluster-") as name, machines(Path(name), 3, cpus=4, store=True) as at:
         os.environ |= at.s3  # this process looks at what is there
+        fsspec.config.set_conf_env(fsspec.config.conf)
         parts = {"label": (labelling, images), "train": (training, steps), "loop": (looping, args.data)}
         broken = False
         for part in args.parts:

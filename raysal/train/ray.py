@@ -32,6 +32,7 @@ from raysal.telemetry.meters import Meters, metered
 from raysal.train import saved
 from raysal.train.decode import FEED, Stream, decode
 from raysal.train.feeds import Draws, UnlabeledBatch, check_share, most
+from raysal.train.gloo import Torch
 from raysal.train.logs import Log, read_log
 from raysal.train.plan import CHECKPOINT_FILES, Plan
 
@@ -110,6 +111,7 @@ def _trainer(plan: Plan, folder: str) -> ray.train.torch.TorchTrainer:
     return ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"plan": ray.put(plan), "folder": folder},
+        torch_config=Torch(),
         scaling_config=ray.train.ScalingConfig(
             use_gpu=compute.use_gpu,
             resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if compute.use_gpu else {}),
