@@ -27,6 +27,7 @@ from parts.killer import masks
 from parts.scenes import ENCODER, scenes, untrained
 from parts.trials import Trial, losses, rows, same, shards, step_of, submit, until, worlds
 
+from raysal.archive.tables import read_table
 from raysal.archive.uris import join
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
@@ -121,8 +122,6 @@ def labelling(at: Machines, images: int, told: Told) -> None:
 
 def named(labels: str) -> dict[str, str]:
     """File names by id."""
-    from raysal.archive.tables import read_table
-
     return {row["id"]: row["uri"].rpartition("/")[2] for row in read_table(labels, ["id", "uri"]).to_pylist()}
 
 

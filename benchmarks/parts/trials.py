@@ -54,7 +54,7 @@ class Trial:
     """A machine that something happens to, and what becomes of it afterwards."""
 
     def __init__(self, at: Machines) -> None:
-        self.at, self.victim = at, 0
+        self.at, self.victim, self.headless_s = at, 0, 0.0
 
     def other(self, reached: Reached, act: Callable[[int], None]) -> Act:
         """Does something to the worker machine without the job's own process (kills it, cuts it off), once `reached`."""

@@ -59,7 +59,7 @@ class Summary:
         runtime: What computed the network.
         seconds: From call to return, start-up of actors included.
         images_per_second: done / seconds.
-        core_seconds: What this run cost: seconds x cores that it kept busy.
+        core_seconds: What this run cost: seconds x cores that it kept busy, at most, where actors come and go.
         coverage: Of masks: mean over all images of the share of their pixels that have a class. None of scores.
     """
 

@@ -146,6 +146,9 @@ def test_train_evaluate_score_and_query_work_alone(
     measured = json.loads(done.out)
     assert measured["miou"] == pytest.approx(trained["miou"], abs=1e-6)
     assert measured["digest"] == trained["digest"]
+    done = raysal("evaluate", trained["checkpoint"], str(archive), "--split", "val", "--json")
+    assert done.code == 0, done.err[-3000:]
+    assert json.loads(done.out)["miou"] == pytest.approx(trained["miou"], abs=1e-3)
 
     pool = Path(shutil.copytree(archive / "images", tmp_path / "pool"))
     broken = sorted(pool.iterdir())[0]

@@ -113,7 +113,6 @@ def test_what_a_node_finds(tmp_path: Path) -> None:
 def one_node(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     def make(cpus: float) -> None:
         monkeypatch.setattr(cluster.ray, "nodes", lambda: [node(1, cpus)])
-        monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": cpus})
         monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node(1)["NodeID"]))
 
     return make

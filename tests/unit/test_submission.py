@@ -225,3 +225,9 @@ def test_a_token_file_that_is_not_there_is_one_line_too(raysal: Call, monkeypatc
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     code, _, err = raysal("submit", "list", "--address", ADDRESS)
     assert code == 2 and "RAY_AUTH_TOKEN_PATH" in err
+
+
+def test_a_verb_whose_network_runs_in_the_jobs_own_process_books_a_gpu() -> None:
+    gpu = ("--set", "compute.use_gpu=true")
+    assert made("evaluate", "s3://m/model", "s3://m/labelled", *gpu).gpus == 1
+    assert made("evaluate", "s3://m/model", "s3://m/labelled").gpus == made("label", *LABEL, *gpu).gpus == 0
