@@ -21,6 +21,7 @@ from raysal.config import ComputeConfig
 from raysal.environment import JOB_CPUS
 from raysal.errors import ResourceError
 from raysal.plan import ACTOR_BYTES
+from raysal.words import amounts
 
 INGEST_CPUS = 0.5
 """Logical CPUs that a training leaves to the tasks that decode unlabelled images."""
@@ -155,6 +156,15 @@ def _nodes() -> list[Resources]:
     return [{**has, "CPU": has.get("CPU", 0.0) - (held if id_ == mine else 0.0)} for id_, has in up]
 
 
+def cores(node_id: str | None = None) -> int:
+    """Cores of a node, or of all that are up: as many as Ray was told of, as a container sees all of its host's, but of this machine no
+    more than it has, as a local Ray counts each twice."""
+    mine, here = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+    told = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]}
+    some = told if node_id is None else {node_id: told.get(node_id, here)}
+    return max(1, sum(min(n, here) if id_ == mine else n for id_, n in some.items()))
+
+
 def _all(nodes: list[Resources], what: str) -> float:
     return sum(node.get(what, 0.0) for node in nodes)
 
@@ -162,8 +172,9 @@ def _all(nodes: list[Resources], what: str) -> float:
 def _lacks_room(nodes: list[Resources], n: int, what: str, bundle: Resources, knobs: str) -> str:
     """What is wrong where the cluster has what is needed, but on too many nodes: a process is never spread over several."""
     fit = sum(max(0, min(math.floor(node.get(k, 0.0) / v + 1e-9) for k, v in bundle.items())) for node in nodes)
-    each = ", ".join(f"{v / 1e9:.1f} GB of memory" if k == "memory" else f"{v:g} {k}" for k, v in bundle.items())
-    return "" if fit >= n else f"{n} {what}, each of {each}: the nodes of the cluster have room for only {fit} such; lower {knobs}"
+    return (
+        "" if fit >= n else f"{n} {what}, each of {amounts(bundle)}: the nodes of the cluster have room for only {fit} such; lower {knobs}"
+    )
 
 
 def _besides() -> str:
@@ -241,9 +252,8 @@ def score_actors(compute: ComputeConfig) -> tuple[int, int]:
     if compute.use_gpu:
         actors = compute.score_actors or max(1, sum(int(node.get("GPU", 0) / compute.gpus_per_actor) for node in nodes))
     else:
-        cores = _all(nodes, "CPU")
-        default = os.cpu_count() or 1 if len(ray.nodes()) == 1 else int(cores)
-        actors = compute.score_actors or max(1, min(default, int((cores - INGEST_CPUS) / compute.cpus_per_actor)))
+        room = int((_all(nodes, "CPU") - INGEST_CPUS) / compute.cpus_per_actor)
+        actors = compute.score_actors or max(1, min(cores(), room))
     least = min(compute.min_actors, actors) or actors
     if lack := _waited(compute, of_an_actor(compute), least, lambda: _lacks_for_scoring(compute, least)):
         raise ResourceError(lack)
@@ -252,16 +262,16 @@ def score_actors(compute: ComputeConfig) -> tuple[int, int]:
 
 def _lacks_for_scoring(compute: ComputeConfig, actors: int) -> str:
     nodes = _nodes()
-    cores, gpus = _all(nodes, "CPU"), _all(nodes, "GPU")
+    have, gpus = _all(nodes, "CPU"), _all(nodes, "GPU")
     if compute.use_gpu and gpus < actors * compute.gpus_per_actor:
         return (
             f"{actors} score actors need {actors * compute.gpus_per_actor:g} GPUs, but the cluster has {gpus:g}; "
             "lower compute.score_actors or set compute.use_gpu=false"
         )
     need = actors * compute.cpus_per_actor + INGEST_CPUS
-    if cores < need:
+    if have < need:
         return (
             f"{actors} score actors x {compute.cpus_per_actor:g} CPUs + {INGEST_CPUS:g} for reading = {need:g} CPUs, but the cluster has "
-            f"{cores:g}{_besides()}; lower compute.score_actors or compute.cpus_per_actor"
+            f"{have:g}{_besides()}; lower compute.score_actors or compute.cpus_per_actor"
         )
     return _lacks_room(nodes, actors, "score actors", of_an_actor(compute), "compute.cpus_per_actor or compute.score_actors")

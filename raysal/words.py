@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -40,3 +41,8 @@ def duration(seconds: object) -> str:
         return f"{n:.0f} s" if n >= 9.95 else f"{n:.1f} s"
     minutes, rest = divmod(round(n), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """Resources as Ray names them, memory in bytes: "2 CPU, 1 GPU, 4.0 GB of memory"."""
+    return ", ".join(f"{n / 1e9:.1f} GB of memory" if what == "memory" else f"{n:g} {what}" for what, n in resources.items())

@@ -13,9 +13,11 @@ import httpx
 import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.util.state import list_nodes
 
-from raysal.errors import InputError, RaysalError
+from raysal.errors import InputError, RaysalError, ResourceError
 from raysal.jobs.submission import PREFIX, Submission, check_address, in_clear
+from raysal.words import amounts
 
 ANSWER_S = 20.0
 """A dashboard that takes longer for its first answer counts as unreachable."""
@@ -27,6 +29,9 @@ PATIENCE_S = 600.0
 """How long a cluster may be away while its job is followed."""
 
 POLL_S = 1.0
+
+MOST_NODES = 10_000
+"""Nodes that are asked for; Ray tells of no more at once."""
 
 HOW_TOKEN = "put the cluster's token into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
 
@@ -54,7 +59,7 @@ class Jobs:
             warn(said)
         elif in_clear(self.address):
             warn(f"{self.address}: the token crosses the network in clear; use https or an SSH tunnel")
-        self.client = _client(self.address)
+        self.warn, self.client = warn, _client(self.address)
 
     def submit(self, made: Submission, again: bool = False) -> tuple[str, JobDetails | None]:
         """Sends a submission, unless its job is under way or done.
@@ -65,6 +70,10 @@ class Jobs:
 
         Returns:
             The job's id; and the job where it was there before, None where it is new.
+
+        Raises:
+            ResourceError: No node of the cluster has what the job's own process books.
+            RaysalError: The cluster refuses the job, or does not answer.
         """
         id_, job = self._newest(made.id)
         if job is not None and not job.status.is_terminal():
@@ -73,6 +82,7 @@ class Jobs:
             return id_, job
         if job is not None:
             id_ = f"{made.id}-r{_number(made.id, id_) + 1}"
+        self._check_room(made)
         try:
             with made.runtime_env() as runtime_env:
                 self.client.submit_job(
@@ -172,6 +182,24 @@ class Jobs:
                     ) from error
             time.sleep(POLL_S)
 
+    def _check_room(self, made: Submission) -> None:
+        """Refuses a job whose own process fits on no node that is up. Where none is up that takes work, or the configuration waits
+        for an autoscaler, the job may be sent, with a warning."""
+        try:
+            nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=MOST_NODES, raise_on_missing_output=False)
+        except Exception as error:
+            raise _refusal(self.address, error) from error
+        have = [node.resources_total or {} for node in nodes]
+        need = {what: n for what, n in (("CPU", made.cpus), ("GPU", made.gpus), ("memory", made.memory)) if n}
+        if any(all(node.get(what, 0) >= n for what, n in need.items()) for node in have):
+            return
+        most = {what: max((node.get(what, 0) for node in have), default=0) for what in need}
+        said = f"the job's own process books {amounts(need)}, but no node has that: {len(have)} are up, with at most {amounts(most)} on one"
+        if made.grows or not any(node.get("CPU") for node in have):
+            self.warn(f"{said}; it waits until an autoscaler brings such a node")
+        else:
+            raise ResourceError(f"{said}; lower --cpus and --memory, or have it wait for an autoscaler: --set compute.grow_s=600")
+
     def _newest(self, id_: str) -> tuple[str, JobDetails | None]:
         """The last job of a submission, and its id; the id alone where there was none."""
         mine = {job.submission_id or "": job for job in self.jobs() if _number(id_, job.submission_id or "")}
@@ -244,6 +272,13 @@ def _wants_token(address: str) -> bool:
     how = "is the cluster up, its dashboard (port 8265) reachable from here, the SSH tunnel open?"
     try:
         answer = httpx.get(f"{address}/api/authentication_mode", timeout=ANSWER_S)
+        if answer.status_code in (401, 403):  # Ray itself tells everybody
+            raise InputError(
+                f"{address}: what stands before the dashboard asks for a login of its own (HTTP {answer.status_code}); "
+                "reach the dashboard through an SSH tunnel or kubectl port-forward"
+            )
+        if answer.is_server_error:
+            raise InputError(f"{address}: HTTP {answer.status_code}, the dashboard is not up yet or no more; {how}")
         return bool(answer.raise_for_status().json()["authentication_mode"] != "disabled")
     except httpx.TransportError as error:
         raise InputError(f"{address}: no answer ({_said(error)}); {how}") from error

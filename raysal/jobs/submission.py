@@ -68,6 +68,7 @@ class Submission:
         cpus: Logical CPUs that the job's own process books, so that it lands on a node that is there for work.
         memory: Bytes that it books; 0 books none.
         gpus: GPUs that it books: verbs that run the network in the job's own process need one with `compute.use_gpu`.
+        grows: Whether its configuration waits for nodes that an autoscaler brings.
         here: Local paths among the arguments that exist on this machine, where the job may not see them.
         digest: Of the configuration.
     """
@@ -80,6 +81,7 @@ class Submission:
     cpus: float = 1.0
     memory: int = 0
     gpus: int = 0
+    grows: bool = False
     here: tuple[str, ...] = field(default=())
     digest: str = ""
 
@@ -150,7 +152,8 @@ def submission(
     here = tuple(p for p in places if os.path.exists(p.removeprefix("file://")))
     id_ = f"{PREFIX}{verb}-{digest_of([verb, about, rest])[:12]}"
     gpus = int(cfg is not None and cfg.compute.use_gpu and verb in IN_PROCESS)
-    return Submission(verb, tuple(_bare(arguments)), id_, config, wheel, cpus, memory, gpus, here, digest)
+    grows = cfg is not None and cfg.compute.grow_s > 0
+    return Submission(verb, tuple(_bare(arguments)), id_, config, wheel, cpus, memory, gpus, grows, here, digest)
 
 
 def check_address(address: str) -> str:

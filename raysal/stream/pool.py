@@ -28,7 +28,7 @@ from ray.exceptions import ActorDiedError, RayError
 
 from raysal import errors
 from raysal.archive.uris import join, read_record
-from raysal.cluster import connected, data_context, elsewhere, of_an_actor, score_actors
+from raysal.cluster import connected, cores, data_context, elsewhere, of_an_actor, score_actors
 from raysal.config import Config
 from raysal.errors import RaysalError
 from raysal.model.checkpoint import INFO
@@ -147,11 +147,11 @@ def run_pool(
             token = job.output.claim(replace)
             held = job.output.held()
             missing, there = job.missing(held, retry_failed)
-        todo, cores = int(missing.sum()), 0
+        todo, busy = int(missing.sum()), 0
         if token is not None and todo:
             job.output.open()
             task = dataclasses.replace(job.task, token=token)
-            cores = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress, kept or Kept())
+            busy = _work(worker, job.manifest, missing, there, task, rows_per_shard, on_progress, kept or Kept())
             held = job.output.held()
     if absent := int(job.missing(held)[0].sum()):
         raise RaysalError(
@@ -168,7 +168,7 @@ def run_pool(
         runtime=str(job.task.runtime),
         seconds=seconds,
         images_per_second=todo / seconds,
-        core_seconds=seconds * cores,
+        core_seconds=seconds * busy,
         coverage=held.coverage(),
     )
     if token is not None:
@@ -215,8 +215,8 @@ def _work(
         rows = rows_per_shard or block_rows(todo, actors, task.cfg.score.batch_size)
         actors = min(actors, math.ceil(todo / rows))
         least = min(least, actors)
-        cores = os.cpu_count() or 1 if here else _cores()
-        threads = max(1, cores // actors if least == actors else math.ceil(compute.cpus_per_actor))  # where nodes come: what each books
+        available = os.cpu_count() or 1 if here else cores()
+        threads = max(1, available // actors if least == actors else math.ceil(compute.cpus_per_actor))  # where nodes come: what each books
         task = dataclasses.replace(task, threads=threads)
         if here:
             _work_here(kept, worker, missing_rows(manifest, missing), task, rows, tally)
@@ -311,11 +311,3 @@ def _as_raysal_errors() -> Iterator[None]:
         # Ray adds advice below an error's text, but puts a traceback above the reason why an actor could not start.
         line = lines[-1] if isinstance(reason, ActorDiedError) else f"{type(reason).__name__}: {lines[0]}"
         raise RaysalError(f"the run broke down: {line}; mend that and run the same command again") from error
-
-
-def _cores() -> int:
-    """Cores that the actors share: this machine's, or those that a cluster of several nodes declares."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
-        return os.cpu_count() or 1
-    return int(sum(float(node["Resources"].get("CPU", 0)) for node in nodes))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import threading
@@ -152,14 +151,7 @@ def _worker(config: dict) -> None:
 
 def _threads(cfg: Config, session: RaySession) -> int:
     context = ray.train.get_context()
-    return cfg.compute.threads or max(1, _node_cores() // max(1, context.get_local_world_size()))
-
-
-def _node_cores() -> int:
-    """Cores of this node: no more than Ray was told of, as a container sees all of its host's."""
-    mine, cores = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
-    told = next((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == mine), 0)
-    return max(1, min(cores, int(told or cores)))
+    return cfg.compute.threads or max(1, cluster.cores(ray.get_runtime_context().get_node_id()) // max(1, context.get_local_world_size()))
 
 
 class RaySession:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -98,7 +99,9 @@ class Cluster:
         """Starts ``raysal submit ARGUMENTS --address ...``."""
         command = [sys.executable, "-m", "raysal", "submit", *map(str, arguments), "--address", self.address]
         env = self.environment(self.token if token == "" else token)
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        # Whoever runs the tests in the background of a shell has them, and what they start, ignore Ctrl-C.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heard)
 
     def submit(self, *arguments: object, token: str | None = "") -> subprocess.CompletedProcess:
         """Runs it to its end."""
@@ -186,21 +189,58 @@ def test_one_that_failed_gets_the_next_suffix_and_its_exit_code_is_the_jobs(clus
     assert good.returncode == 0 and "-r2" in good.stderr and f"{IMAGES} ok" in good.stdout, good.stdout[-3000:] + good.stderr
 
 
-def test_a_second_command_attaches_and_a_stopped_job_ends_both(cluster: Cluster) -> None:
+def test_a_second_command_attaches_ctrl_c_leaves_the_job_alone_and_a_stopped_job_ends_all(cluster: Cluster) -> None:
     watch = ("label", cluster.root / "model", cluster.root / "images", "--out", cluster.root / "labels", "--watch", "2", *QUICK)
     sent = cluster.submit(*watch, "--no-wait", "--json")
     assert sent.returncode == 0, sent.stderr
     id_ = json.loads(sent.stdout)["id"]
+    left = cluster.start(*watch)
+    assert left.stdout is not None and left.stderr is not None
+    assert any(f"{IMAGES} ok" in line for line in left.stdout)  # what the job wrote; ends at the first such line
+    left.send_signal(signal.SIGINT)
+    _, said = left.communicate(timeout=60)
+    assert left.returncode == 130 and "goes on without this command" in said and "Traceback" not in said, said
+    assert cluster.jobs()[id_] == "RUNNING"
     attached = cluster.start(*watch)
     assert attached.stdout is not None and attached.stderr is not None
     assert "attached" in next(line for line in attached.stderr if "warning" not in line)
-    assert any(f"{IMAGES} ok" in line for line in attached.stdout)  # what it wrote; ends at the first such line
+    assert any(f"{IMAGES} ok" in line for line in attached.stdout)
     stopped = cluster.submit("stop", id_)
     assert stopped.returncode == 0 and "STOPPED" in stopped.stdout, stopped.stderr
     assert attached.wait(60) == 1
     assert "ended before" in cluster.submit("stop", id_).stdout
     unknown = cluster.submit("logs", "raysal-label-none")
     assert unknown.returncode == 2 and "knows no such job" in unknown.stderr
+
+
+def test_what_fits_on_no_node_is_refused_with_the_numbers(cluster: Cluster) -> None:
+    index = ("index", cluster.root / "images", "--out", cluster.root / "never")
+    for more, said in ((("--cpus", "64"), "books 64 CPU"), (("--memory", "9000G"), "books 1 CPU, 9000.0 GB of memory")):
+        refused = cluster.submit(*index, *more)
+        assert refused.returncode == 2 and said in refused.stderr and "at most 3 CPU" in refused.stderr, refused.stderr
+    assert not any(id_.startswith("raysal-index") for id_ in cluster.jobs())
+
+
+def test_rays_own_command_runs_a_verb_from_a_checkout(cluster: Cluster) -> None:
+    submit = ["ray", "job", "submit", "--address", cluster.address, "--working-dir", REPOSITORY, "--entrypoint-num-cpus", "1"]
+    submit += ["--runtime-env-json", '{"env_vars": {"RAYSAL_JOB_CPUS": "1"}}', "--", "python", "jobs/index.py"]
+    command = [*map(str, submit), str(cluster.root / "images"), "--out", str(cluster.root / "listed")]
+    done = subprocess.run(command, env=cluster.environment(cluster.token), capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 0 and f"{IMAGES} images" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_another_raysal_than_the_clusters_travels_in_a_wheel(cluster: Cluster, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(REPOSITORY / "raysal", source / "raysal", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    with (source / "raysal" / "archive" / "index.py").open("a") as file:
+        file.write("\nprint('from the wheel')\n")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path / "dist"), str(source)]
+    subprocess.run(build, check=True, capture_output=True, timeout=START_S)
+    [wheel] = (tmp_path / "dist").glob("raysal-*.whl")
+    done = cluster.submit("index", cluster.root / "images", "--out", cluster.root / "manifest", "--wheel", wheel)
+    assert done.returncode == 0 and "from the wheel" in done.stdout and f"{IMAGES} images" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_run_whose_storage_a_node_does_not_see_is_refused_before_it_starts(cluster: Cluster) -> None:

@@ -135,7 +135,7 @@ def test_a_forecast_counts_what_is_missing_and_changes_nothing(place: Path, tmp_
     out, model, table = tmp_path / "out", str(place / "checkpoint"), images(place)
     found = forecast(table, model, str(out), configured())
     assert (found.rows, found.todo, found.sampled, found.counts) == (IMAGES, IMAGES, IMAGES, {"ok": IMAGES})
-    assert found.seconds > 0 and found.bytes_written > 0
+    assert found.seconds > 0 and found.load_seconds > 0 and found.bytes_written > 0
     assert found.bytes_read == sum(p.stat().st_size for p in (place / "archive" / "images").iterdir())
     assert not out.exists()
     pool(table.slice(0, 7), model, str(out), configured())

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
-from raysal.errors import InputError, RaysalError
+from raysal.errors import InputError, RaysalError, ResourceError
 from raysal.jobs import cluster
 from tests.helpers import Call
 from tests.unit.submitted import ADDRESS, LABEL, config, made, no_token  # noqa: F401 - a fixture for every test
@@ -28,6 +28,7 @@ class FakeClient:
         self.held: dict[str, SimpleNamespace] = {}
         self.sent: list[dict] = []
         self.error: Exception | None = None
+        self.nodes: list[dict[str, float]] = [{"memory": 4e9}, {"CPU": 8.0, "memory": 16e9}]
 
     def put(self, id_: str, status: str, **more: Any) -> None:
         usual = {"driver_exit_code": None, "error_type": None, "message": None, "metadata": None, "entrypoint": "x", "start_time": 0}
@@ -54,6 +55,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     fake = FakeClient()
     monkeypatch.setattr(cluster, "JobSubmissionClient", lambda address: fake)
     monkeypatch.setattr(cluster, "_wants_token", lambda address: True)
+    monkeypatch.setattr(cluster, "list_nodes", lambda *_, **__: [SimpleNamespace(resources_total=node) for node in fake.nodes])
     monkeypatch.setattr(cluster, "POLL_S", 0.0)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ADDRESS)
     return fake
@@ -104,6 +106,20 @@ def test_what_the_cluster_says_is_one_line_with_the_fix(client: FakeClient, erro
     assert type(refused.value) is kind and "\n" not in str(refused.value)
 
 
+def test_a_process_that_fits_on_no_node_is_refused_with_the_numbers_unless_nodes_may_come(client: FakeClient) -> None:
+    said: list[str] = []
+    jobs = cluster.Jobs(ADDRESS, said.append)
+    with pytest.raises(ResourceError, match=r"books 16 CPU, but no node has that: 2 are up, with at most 8 CPU on one; lower --cpus"):
+        jobs.submit(made("label", *LABEL, cpus=16.0))
+    with pytest.raises(ResourceError, match=r"1 CPU, 20\.0 GB of memory, but no node has that: 2 are up, with at most 8 CPU, 16\.0 GB of"):
+        jobs.submit(made("label", *LABEL, memory=20 * 10**9))
+    assert client.sent == [] and said == []
+    jobs.submit(made("label", *LABEL, "--set", "compute.grow_s=60", cpus=16.0))
+    client.nodes = [{"memory": 4e9}]  # a head alone, whose workers come with the work
+    jobs.submit(made("index", "s3://m/raw", "--out", "s3://m/manifest"))
+    assert len(client.sent) == 2 and len(said) == 2 and all("waits until an autoscaler brings such a node" in text for text in said)
+
+
 def test_another_version_of_ray_is_refused_with_both_numbers(client: FakeClient) -> None:
     client._server_ray_version = "2.41.0"
     with pytest.raises(InputError, match=rf"Ray 2\.41\.0, this machine Ray {ray.__version__}"):
@@ -114,6 +130,8 @@ def test_another_version_of_ray_is_refused_with_both_numbers(client: FakeClient)
     ("answer", "said"),
     [
         (lambda: httpx.Response(404), "no dashboard of Ray"),
+        (lambda: httpx.Response(401), "login of its own .HTTP 401.; reach the dashboard through an SSH tunnel"),
+        (lambda: httpx.Response(503), "HTTP 503, the dashboard is not up yet"),
         (lambda: httpx.Response(200, text="hello"), "no dashboard of Ray"),
         (lambda: (_ for _ in ()).throw(httpx.ConnectTimeout("timed out")), "no answer"),
     ],
