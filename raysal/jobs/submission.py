@@ -103,10 +103,11 @@ class Submission:
         """
         made: dict[str, Any] = {"env_vars": {JOB_CPUS: f"{self.cpus:g}", CLIENT: programs()}}
         with tempfile.TemporaryDirectory(prefix="raysal-submit-") as folder:
+            alone = Path(folder) / "config"
+            alone.mkdir()
             if self.config is not None:
-                alone = Path(folder) / "config"
-                alone.mkdir()
                 (alone / self.config.name).write_bytes(self.config.read_bytes())
+            if self.config is not None or self.wheel is not None:  # a raysal where the node was started would go before the wheel's
                 made["working_dir"] = str(alone)
             if self.wheel is not None:
                 with zipfile.ZipFile(self.wheel) as packed:

@@ -231,7 +231,8 @@ def test_rays_own_command_runs_a_verb_from_a_checkout(cluster: Cluster) -> None:
 
 def test_another_raysal_than_the_clusters_travels_in_a_wheel(cluster: Cluster, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(REPOSITORY / "raysal", source / "raysal", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("raysal", "configs"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     with (source / "raysal" / "archive" / "index.py").open("a") as file:
@@ -239,7 +240,7 @@ def test_another_raysal_than_the_clusters_travels_in_a_wheel(cluster: Cluster, t
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path / "dist"), str(source)]
     subprocess.run(build, check=True, capture_output=True, timeout=START_S)
     [wheel] = (tmp_path / "dist").glob("raysal-*.whl")
-    done = cluster.submit("index", cluster.root / "images", "--out", cluster.root / "manifest", "--wheel", wheel)
+    done = cluster.submit("index", cluster.root / "images", "--out", cluster.root / "wheeled", "--wheel", wheel)
     assert done.returncode == 0 and "from the wheel" in done.stdout and f"{IMAGES} images" in done.stdout, done.stdout + done.stderr
 
 
