@@ -95,7 +95,7 @@ def test_a_wheel_goes_along_without_what_it_depends_on(tmp_path: Path) -> None:
     with job.runtime_env() as sent:
         [package] = sent["py_modules"]
         assert Path(package).name == "raysal" and [f.name for f in Path(package).iterdir()] == ["__init__.py"]
-        assert [f.name for f in Path(package).parent.iterdir()] == ["raysal"]
+        assert {f.name for f in Path(package).parent.iterdir()} == {"raysal", "config"} and not list(Path(sent["working_dir"]).iterdir())
 
 
 def test_what_is_no_wheel_of_raysal_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
