@@ -6,7 +6,8 @@
 All sides fetch, decode and score the same images with the same model and write Parquet tables: a plain loop in eager float32, a plain loop
 with the runtime that `auto` picks here, `raysal.stream.score` with that runtime, and Ray's documented `read_images` and `map_batches` in
 eager float32. Whole times run from the call to the finished table, start of processes and loading of the model included (Ray itself is
-up); steady rates leave out each process's first two batches, or the first blocks of the stream. Runs alternate.
+up); steady rates leave out each process's first two batches, or the first blocks of the stream. Runs alternate. What processors with
+bfloat16 do is another result than what others do.
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ def main() -> None:
     lines = [f"{count} {size}, DeepLabV3+ with {args.encoder}, input scale {args.scale:g}. {ceiling(model, side)}", ""]
     lines += ["| side | images/s, whole | steady |", "|---|---|---|"]
     lines += [f"| {n} | {', '.join(f'{t.whole:.1f}' for t in v)} | {', '.join(f'{t.steady:.1f}' for t in v)} |" for n, v in found.items()]
-    write("scoring", "Scoring a pool", claims, args.out, "\n".join(lines), {"IMAGES": args.images} if args.images else {})
+    name = "scoring" if runtime.precision == "float32" else f"scoring_{runtime.precision}"
+    write(name, "Scoring a pool", claims, args.out, "\n".join(lines), {"IMAGES": args.images} if args.images else {})
 
 
 if __name__ == "__main__":

@@ -93,6 +93,13 @@ MEASURED = {
         "machine without AVX-512 (51 GFLOP/s a core)",
         256,
     ),
+    "resnet18-bfloat16": Rate(
+        10.9,
+        "core",
+        "benchmarks/results/scoring_bfloat16.md: the same, OpenVINO in bfloat16, both cores of a small machine with AVX-512 (88 GFLOP/s a "
+        "core in float32)",
+        256,
+    ),
     "mobilenetv3": Rate(
         20.0,
         "core",
@@ -101,7 +108,7 @@ MEASURED = {
         128,
     ),
 }
-"""Rates that come with raysal, by the encoder. None is of a GPU: none was measured on one."""
+"""Rates that come with raysal, by the encoder, and the precision where it is not float32. None is of a GPU: none was measured on one."""
 
 
 @dataclass(frozen=True)

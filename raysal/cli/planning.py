@@ -35,7 +35,8 @@ def plan(
     scale: Annotated[float, typer.Option(min=0.01, max=4, help="What images are resized by before the network (data.input_scale).")] = 1.0,
     image_bytes: Annotated[str | None, typer.Option(help="Size of a file, for example 200k. Default: as the manifest says.")] = None,
     like: Annotated[
-        Literal["resnet18", "mobilenetv3"], typer.Option(help="Encoder whose rate, measured by us on small CPUs, is taken.")
+        Literal["resnet18", "resnet18-bfloat16", "mobilenetv3"],
+        typer.Option(help="Encoder whose rate, measured by us on small CPUs, is taken; in bfloat16 for CPUs that compute in it."),
     ] = "resnet18",
     rate: Annotated[float | None, typer.Option(min=1e-6, help="Instead: images a second of one core, as you measured them.")] = None,
     gpu_rate: Annotated[float | None, typer.Option(min=1e-6, help="Instead: images a second of one GPU, as you measured them.")] = None,
