@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysal.config import ComputeConfig
-from raysal.environment import JOB_CPUS
+from raysal.environment import JOB_CPUS, JOB_MEMORY
 from raysal.errors import ResourceError
 from raysal.plan import ACTOR_BYTES
 from raysal.words import amounts
@@ -149,20 +149,19 @@ Resources = dict[str, float]
 
 
 def _nodes() -> list[Resources]:
-    """What work can have on each node that is up: the CPUs of a job's own process are taken."""
-    held = float(os.environ.get(JOB_CPUS) or 0)
-    mine = ray.get_runtime_context().get_node_id() if held else None
+    """What work can have on each node that is up: what a job's own process books is taken."""
+    held = {"CPU": float(os.environ.get(JOB_CPUS) or 0), "memory": float(os.environ.get(JOB_MEMORY) or 0)}
+    mine = ray.get_runtime_context().get_node_id() if any(held.values()) else None
     up = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return [{**has, "CPU": has.get("CPU", 0.0) - (held if id_ == mine else 0.0)} for id_, has in up]
+    return [has | {what: has.get(what, 0.0) - n for what, n in held.items()} if id_ == mine else has for id_, has in up]
 
 
-def cores(node_id: str | None = None) -> int:
-    """Cores of a node, or of all that are up: as many as Ray was told of, as a container sees all of its host's, but of this machine no
+def cores() -> dict[str, int]:
+    """Cores of each node that is up, by its id: as many as Ray was told of, as a container sees all of its host's, but of this machine no
     more than it has, as a local Ray counts each twice."""
     mine, here = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
     told = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]}
-    some = told if node_id is None else {node_id: told.get(node_id, here)}
-    return max(1, sum(min(n, here) if id_ == mine else n for id_, n in some.items()))
+    return {id_: min(n, here) if id_ == mine else n for id_, n in told.items()}
 
 
 def _all(nodes: list[Resources], what: str) -> float:
@@ -253,7 +252,7 @@ def score_actors(compute: ComputeConfig) -> tuple[int, int]:
         actors = compute.score_actors or max(1, sum(int(node.get("GPU", 0) / compute.gpus_per_actor) for node in nodes))
     else:
         room = int((_all(nodes, "CPU") - INGEST_CPUS) / compute.cpus_per_actor)
-        actors = compute.score_actors or max(1, min(cores(), room))
+        actors = compute.score_actors or max(1, min(sum(cores().values()), room))
     least = min(compute.min_actors, actors) or actors
     if lack := _waited(compute, of_an_actor(compute), least, lambda: _lacks_for_scoring(compute, least)):
         raise ResourceError(lack)

@@ -11,6 +11,9 @@ from raysal.errors import InputError
 JOB_CPUS = "RAYSAL_JOB_CPUS"
 """How many logical CPUs the job's own process holds: the work that it starts can't have them."""
 
+JOB_MEMORY = "RAYSAL_JOB_MEMORY"
+"""How many bytes of memory it books."""
+
 CLIENT = "RAYSAL_CLIENT"
 """Python and raysal of whoever submitted: the command line was checked there, by that raysal."""
 

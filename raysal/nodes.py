@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import raysal
 from raysal.archive.uris import is_local, join, open_fs, read_bytes, remove_tree, store_errors, write_bytes
 from raysal.errors import ResourceError
+from raysal.model.processor import has_bfloat16
 
 PROBE = ".raysal-probe-"
 """How the names of files begin by which storage shows that it is shared."""
@@ -32,17 +33,19 @@ Found = Mapping[str, Any]
 """What a node says: its python and raysal, and for each place that is wrong why."""
 
 
-def check_nodes(reads: Sequence[str], writes: Sequence[str], timeout_s: float = ANSWER_S) -> None:
+def check_nodes(reads: Sequence[str], writes: Sequence[str], bfloat16: bool = False, timeout_s: float = ANSWER_S) -> None:
     """Looks at the places of a run from every node that work can land on. Where that is this process's own alone, or Ray is
     not up, there is nothing to find out.
 
     Args:
         reads: Files and folders that the work reads. What this process can't read itself is passed over: it is told elsewhere.
         writes: Folders that it writes to; they need not exist. Nothing is left in them.
+        bfloat16: Whether OpenVINO is to compute in it on each node.
         timeout_s: For all nodes together.
 
     Raises:
-        ResourceError: Nodes can't see a place, run other programs than this process, or don't answer; it names them and the fix.
+        ResourceError: Nodes can't see a place, run other programs than this process, lack bfloat16, or don't answer; it names them and
+            the fix.
         InputError: Nothing can be written there.
     """
     if not ray.is_initialized():
@@ -52,8 +55,13 @@ def check_nodes(reads: Sequence[str], writes: Sequence[str], timeout_s: float = 
         return
     known = {uri: size for uri in dict.fromkeys(reads) if (size := _size(uri)) is not None}
     with _probes(writes) as probes:
-        found = _ask(nodes, known, probes, timeout_s)
+        found = _ask(nodes, known, probes, bfloat16, timeout_s)
     _check_programs(nodes, found)
+    if bfloat16 and (other := {node: "float32" for node, said in found.items() if not said["bfloat16"]}):
+        raise ResourceError(
+            f"{len(other)} of {len(nodes)} nodes don't compute in bfloat16 as this one does: {_names(nodes, other)}; "
+            "set runtime.precision=float32, which is the same on all of them"
+        )
     for place in (*known, *writes):
         if wrong := {node: said["wrong"][place] for node, said in found.items() if place in said["wrong"]}:
             do = "see" if place in known else "write to"
@@ -78,10 +86,14 @@ def _check_programs(nodes: Mapping[str, str], found: Mapping[str, Found]) -> Non
             )
 
 
-def _ask(nodes: Mapping[str, str], known: Mapping[str, int], probes: Mapping[str, str], timeout_s: float) -> dict[str, Found]:
+def _ask(
+    nodes: Mapping[str, str], known: Mapping[str, int], probes: Mapping[str, str], bfloat16: bool, timeout_s: float
+) -> dict[str, Found]:
     """What each node says, by its id. Nodes that went away meanwhile say nothing."""
     asked = {
-        _look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(dict(known), dict(probes), node): node
+        _look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            dict(known), dict(probes), node, bfloat16
+        ): node
         for node in nodes
     }
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
@@ -105,7 +117,7 @@ def _ask(nodes: Mapping[str, str], known: Mapping[str, int], probes: Mapping[str
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look(known: dict[str, int], probes: dict[str, str], node: str) -> dict[str, Any]:
+def _look(known: dict[str, int], probes: dict[str, str], node: str, bfloat16: bool) -> dict[str, Any]:
     """Runs on each node."""
     wrong: dict[str, str] = {}
     for uri, size in known.items():
@@ -123,7 +135,7 @@ def _look(known: dict[str, int], probes: dict[str, str], node: str) -> dict[str,
             wrong[place] = "not the same storage"
         except Exception as error:  # of all sorts of stores; a node never fails, it says why
             wrong[place] = " ".join(str(error).split())[:200]
-    return {"Python": platform.python_version(), "raysal": raysal.__version__, "wrong": wrong}
+    return {"Python": platform.python_version(), "raysal": raysal.__version__, "bfloat16": bfloat16 and has_bfloat16(), "wrong": wrong}
 
 
 @contextlib.contextmanager

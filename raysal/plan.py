@@ -137,12 +137,14 @@ class Node:
         gpus: Of it; with any, each has one actor, and cores only feed them.
         memory_bytes: Of it; None does not ask whether the actors fit.
         price: Of an hour, in any currency.
+        cpus: As Ray counts them: two vCPUs of most clouds are one core. None: as many as cores.
     """
 
     cores: int
     gpus: int = 0
     memory_bytes: int | None = None
     price: float | None = None
+    cpus: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Plan:
         work, node, rate: What was asked.
         nodes: Without the head.
         actors: Processes that hold the model, one a core or GPU.
-        cpus_per_actor: Cores that each may have, so that as many fit on a node as were counted.
+        cpus_per_actor: Of Ray's CPUs, so that as many fit on a node as were counted.
         blocks: Shards, too.
         seconds: By part: start, ids, images, last_block, shards. Their sum is the run.
         spare: Share of the actors' time that is left for deaths, slow nodes and slow storage.
@@ -258,7 +260,7 @@ def hours_on(nodes: int, work: Work, node: Node, rate: Rate, spare: float = 0.2)
     }
     driver = DRIVER_BYTES + ID_BYTES * work.images
     node_bytes = (SHARED_BYTES + each * _actor_bytes(work)) / (1 - STORE_SHARE)
-    cpus = math.floor(100 * node.cores / each) / 100
+    cpus = math.floor(100 * (node.cpus or node.cores) / each) / 100
     return Plan(work, node, rate, nodes, actors, cpus, blocks, seconds, spare, node_bytes, driver, _warnings(node, rate, each, actors))
 
 

@@ -28,6 +28,9 @@ def plan(
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes for it; says how many hours.")] = None,
     verb: Annotated[Literal["label", "score"], typer.Option(help="What is to be done.")] = "label",
     cores: Annotated[int, typer.Option(min=1, help="Cores of a node; two vCPUs of most clouds are one.")] = 8,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Its CPUs as Ray counts them, vCPUs. Default: two a core.", show_default=False)
+    ] = None,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of a node.")] = 0,
     memory: Annotated[str | None, typer.Option(help="Memory of a node, for example 32G: fewer actors where it is short.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of a node and hour, in any currency.")] = None,
@@ -50,7 +53,7 @@ def plan(
 ) -> None:
     """How many nodes masks or scores of an archive take within some hours, or how many hours on some nodes. Changes nothing.
 
-    Example: raysal plan 22M --hours 24 --px 512 --cores 16 --memory 64G --price 0.80
+    Example: raysal plan 22M --hours 24 --px 512 --cores 8 --memory 64G --price 0.80
     """
     from raysal.archive.filters import size
     from raysal.plan import MEASURED, Node, Rate, Work, hours_on, nodes_for, row_bytes
@@ -77,7 +80,7 @@ def plan(
             speed = MEASURED[like].at(seen)
     if image_bytes is not None:
         work = Work(work.images, work.row_bytes, size(image_bytes, "--image-bytes"), work.px)
-    node = Node(cores, gpus, size(memory, "--memory"), price)
+    node = Node(cores, gpus, size(memory, "--memory"), price, cpus or 2 * cores)
     found = nodes_for(hours, work, node, speed, spare) if hours is not None else hours_on(nodes or 1, work, node, speed, spare)
     Ui(json_).result(found.to_dict(), found.text())
 

@@ -6,14 +6,16 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
-from ray.util.state import list_nodes
+from ray.util.state.api import StateApiClient
+from ray.util.state.common import ListApiOptions, StateResource
 
 from raysal.errors import InputError, RaysalError, ResourceError
 from raysal.jobs.submission import PREFIX, Submission, check_address, in_clear
@@ -21,6 +23,9 @@ from raysal.words import amounts
 
 ANSWER_S = 20.0
 """A dashboard that takes longer for its first answer counts as unreachable."""
+
+REQUEST_S = 300.0
+"""One that is up but takes longer for an answer is gone; unpacking what travels with a job takes its time."""
 
 QUIET_S = 60.0
 """After so long without a line of the log the job is asked how it is: a connection that was cut off tells nothing."""
@@ -52,14 +57,17 @@ class Jobs:
 
     def __init__(self, address: str, warn: Say = lambda _: None, insecure: bool = False) -> None:
         self.address = check_address(address)
-        if not _wants_token(self.address):
+        wanted = _wants_token(self.address)
+        if not wanted:
             said = f"{self.address} asks for no token: whoever reaches it can run programs there, and read what yours do"
             if not insecure:
                 raise InputError(f"{said}; start its nodes with RAY_AUTH_MODE=token (docs/security.md), or say --insecure")
             warn(said)
         elif in_clear(self.address):
             warn(f"{self.address}: the token crosses the network in clear; use https or an SSH tunnel")
-        self.warn, self.client = warn, _client(self.address)
+        # Ray would send the token to whoever is there; a header of that name keeps it from doing so.
+        self.headers = {} if wanted else {"Authorization": ""}
+        self.warn, self.client = warn, _client(self.address, self.headers)
 
     def submit(self, made: Submission, again: bool = False) -> tuple[str, JobDetails | None]:
         """Sends a submission, unless its job is under way or done.
@@ -185,20 +193,19 @@ class Jobs:
     def _check_room(self, made: Submission) -> None:
         """Refuses a job whose own process fits on no node that is up. Where none is up that takes work, or the configuration waits
         for an autoscaler, the job may be sent, with a warning."""
-        try:
-            nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=MOST_NODES, raise_on_missing_output=False)
-        except Exception as error:
-            raise _refusal(self.address, error) from error
-        have = [node.resources_total or {} for node in nodes]
+        have = _nodes(self.address, self.headers)
         need = {what: n for what, n in (("CPU", made.cpus), ("GPU", made.gpus), ("memory", made.memory)) if n}
         if any(all(node.get(what, 0) >= n for what, n in need.items()) for node in have):
             return
         most = {what: max((node.get(what, 0) for node in have), default=0) for what in need}
-        said = f"the job's own process books {amounts(need)}, but no node has that: {len(have)} are up, with at most {amounts(most)} on one"
+        said = f"the job's own process books {amounts(need)}, but no node has that: of {len(have)} up the largest have {amounts(most)}"
         if made.grows or not any(node.get("CPU") for node in have):
             self.warn(f"{said}; it waits until an autoscaler brings such a node")
-        else:
-            raise ResourceError(f"{said}; lower --cpus and --memory, or have it wait for an autoscaler: --set compute.grow_s=600")
+            return
+        knobs = {"CPU": "lower --cpus", "memory": "lower --memory", "GPU": "set compute.use_gpu=false"}
+        lacks = [what for what, n in need.items() if n > most[what]] or list(need)
+        do = ", ".join(knobs[what] for what in lacks)
+        raise ResourceError(f"{said}; {do}, or have it wait for an autoscaler: --set compute.grow_s=600")
 
     def _newest(self, id_: str) -> tuple[str, JobDetails | None]:
         """The last job of a submission, and its id; the id alone where there was none."""
@@ -272,10 +279,12 @@ def _wants_token(address: str) -> bool:
     how = "is the cluster up, its dashboard (port 8265) reachable from here, the SSH tunnel open?"
     try:
         answer = httpx.get(f"{address}/api/authentication_mode", timeout=ANSWER_S)
-        if answer.status_code in (401, 403):  # Ray itself tells everybody
+        if answer.status_code in (401, 403) or answer.has_redirect_location:  # Ray itself answers everybody
+            there = urlsplit(answer.headers.get("location", ""))
+            where = f", to {there.scheme}://{there.netloc}" if there.netloc else ""
             raise InputError(
-                f"{address}: what stands before the dashboard asks for a login of its own (HTTP {answer.status_code}); "
-                "reach the dashboard through an SSH tunnel or kubectl port-forward"
+                f"{address}: what stands before the dashboard sends elsewhere or asks for a login of its own (HTTP {answer.status_code}"
+                f"{where}); give the dashboard's own address, or reach it through an SSH tunnel or kubectl port-forward"
             )
         if answer.is_server_error:
             raise InputError(f"{address}: HTTP {answer.status_code}, the dashboard is not up yet or no more; {how}")
@@ -286,12 +295,19 @@ def _wants_token(address: str) -> bool:
         raise InputError(f"{address}: answers, but is no dashboard of Ray 2.52 or newer; {how}") from error
 
 
-def _client(address: str) -> JobSubmissionClient:
+class _Client(JobSubmissionClient):
+    """Ray's, which by itself waits for ever where a tunnel is frozen."""
+
+    def _do_request(self, *args: Any, **options: Any) -> Any:
+        return super()._do_request(*args, **{"timeout": REQUEST_S} | options)
+
+
+def _client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)  # they greet, and say in two lines what is said here in one
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets the environment win over what it is given
     try:
-        client = JobSubmissionClient(address)
+        client = _Client(address, headers=dict(headers))
     except Exception as error:
         raise _refusal(address, error) from error
     theirs = client._server_ray_version  # asked by the constructor; there is no public way to it
@@ -300,6 +316,17 @@ def _client(address: str) -> JobSubmissionClient:
             f"{address}: the cluster runs Ray {theirs}, this machine Ray {ray.__version__}; install the same: pip install ray=={theirs}"
         )
     return client
+
+
+def _nodes(address: str, headers: dict[str, str]) -> list[Mapping[str, float]]:
+    """What the nodes have that are up."""
+    up = ListApiOptions(limit=MOST_NODES, filters=[("state", "=", "ALIVE")])
+    try:
+        client = StateApiClient(address, headers={"Content-Type": "application/json"} | headers)
+        found: list[Any] = client.list(StateResource.NODES, up, raise_on_missing_output=False)
+        return [node.resources_total or {} for node in found]
+    except Exception as error:
+        raise _refusal(address, error) from error
 
 
 def _refusal(address: str, error: Exception) -> RaysalError:
@@ -311,7 +338,7 @@ def _refusal(address: str, error: Exception) -> RaysalError:
         if text.startswith("Authentication required"):
             return InputError(f"{address}: the cluster asks for a token and none was sent; {HOW_TOKEN}")
         return InputError(f"{address}: the cluster refuses the token; {HOW_TOKEN}")
-    if "413" in text or "exceeds the maximum size" in text:
+    if "status code 413" in str(error) or "exceeds the maximum size" in str(error):
         return InputError(f"{address}: what travels with the job is too large for the cluster ({text}); put it into the nodes' image")
     if isinstance(error, OSError):
         return RaysalError(f"{address}: answers no more ({text}); run the same command again once it does")

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import raysal
 from raysal.config import Config, digest_of, load
-from raysal.environment import CLIENT, JOB_CPUS, programs
+from raysal.environment import CLIENT, JOB_CPUS, JOB_MEMORY, programs
 from raysal.errors import ConfigError, InputError
 
 VERBS = ("train", "score", "query", "label", "loop", "evaluate", "index")
@@ -52,6 +52,9 @@ SECRETS = (
 )
 """Looks of a credential. Arguments and config files of jobs are kept, shown and logged by the cluster."""
 
+VERSION = re.compile(r"^__version__ = [\"']([^\"']+)[\"']", re.MULTILINE)
+"""Where raysal/__init__.py says it."""
+
 HOW_SECRETS = "give the nodes the right themselves: a role, or a secret that is mounted (docs/security.md)"
 
 
@@ -68,7 +71,7 @@ class Submission:
         cpus: Logical CPUs that the job's own process books, so that it lands on a node that is there for work.
         memory: Bytes that it books; 0 books none.
         gpus: GPUs that it books: verbs that run the network in the job's own process need one with `compute.use_gpu`.
-        grows: Whether its configuration waits for nodes that an autoscaler brings.
+        grows: Whether it may wait for nodes that an autoscaler brings: its configuration says so, or there is none to say it.
         here: Local paths among the arguments that exist on this machine, where the job may not see them.
         digest: Of the configuration.
     """
@@ -101,7 +104,7 @@ class Submission:
 
         The wheel is unpacked, as Ray would have pip install it with all that it depends on, once more on every node.
         """
-        made: dict[str, Any] = {"env_vars": {JOB_CPUS: f"{self.cpus:g}", CLIENT: programs()}}
+        made: dict[str, Any] = {"env_vars": {JOB_CPUS: f"{self.cpus:g}", JOB_MEMORY: str(self.memory), CLIENT: programs()}}
         with tempfile.TemporaryDirectory(prefix="raysal-submit-") as folder:
             alone = Path(folder) / "config"
             alone.mkdir()
@@ -153,7 +156,7 @@ def submission(
     here = tuple(p for p in places if os.path.exists(p.removeprefix("file://")))
     id_ = f"{PREFIX}{verb}-{digest_of([verb, about, rest])[:12]}"
     gpus = int(cfg is not None and cfg.compute.use_gpu and verb in IN_PROCESS)
-    grows = cfg is not None and cfg.compute.grow_s > 0
+    grows = cfg is None or cfg.compute.grow_s > 0
     return Submission(verb, tuple(_bare(arguments)), id_, config, wheel, cpus, memory, gpus, grows, here, digest)
 
 
@@ -226,7 +229,13 @@ def _check_wheel(wheel: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as packed:
             names = packed.namelist()
+            said = packed.read("raysal/__init__.py").decode(errors="replace") if "raysal/__init__.py" in names else ""
     except zipfile.BadZipFile as error:
         raise InputError(f"--wheel {wheel}: can't be read ({error}); {how}") from error
     if "raysal/__init__.py" not in names:
         raise InputError(f"--wheel {wheel}: holds no raysal; {how}")
+    if (version := VERSION.search(said)) is None or version[1] != raysal.__version__:
+        raise InputError(
+            f"--wheel {wheel}: raysal {version[1] if version else 'without a version'}, but this command, which reads the arguments, is "
+            f"{raysal.__version__}; install the wheel here too"
+        )

@@ -5,14 +5,13 @@ Any of them may round as it likes, so each is held against eager float32 when it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib
 import logging
-import sys
 import threading
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from raysal.config import ModelConfig, RuntimeConfig
 from raysal.errors import CheckpointError, ConfigError
+from raysal.model import processor
 from raysal.model.network import Core, TwoBranch
 
 CHECKED_HW = (160, 224)
@@ -59,16 +59,36 @@ def settle(cfg: RuntimeConfig, model: ModelConfig, device: str) -> Runtime:
     """
     cpu, kind, precision = not device.startswith("cuda"), cfg.kind, cfg.precision
     if kind == "auto":
-        kind = "openvino" if cpu and not any(word in model.encoder for word in ATTENTION) and _capabilities() is not None else "eager"
+        traced = cpu and not any(word in model.encoder for word in ATTENTION)
+        kind = "openvino" if traced and processor.capabilities() is not None else "eager"
     if kind == "openvino" and not cpu:
         raise ConfigError("runtime.kind=openvino runs on CPUs; set compute.use_gpu=false, or runtime.kind=eager")
-    if kind == "openvino" and _capabilities() is None:
+    if kind == "openvino" and processor.capabilities() is None:
         raise ConfigError("runtime.kind=openvino, but OpenVINO is not installed; pip install 'raysal[openvino]', or set runtime.kind=auto")
     if precision == "auto" and kind == "openvino":
-        precision = "bfloat16" if "BF16" in (_capabilities() or ()) else "float32"
+        precision = "bfloat16" if processor.has_bfloat16() else "float32"
     elif precision == "auto":  # a driver without a GPU can't ask those of its cluster; most compute in bfloat16
         precision = "float32" if cpu or (torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)) else "bfloat16"
     return Runtime(kind, precision, cfg.agreement)
+
+
+def as_before(cfg: RuntimeConfig, model: ModelConfig, device: str, before: str) -> Runtime:
+    """What `auto` means where rows are there already: what made them, if this machine can do that too; another one rounds otherwise.
+
+    Args:
+        cfg, model, device: As in `settle`.
+        before: The runtime of the rows, as `str` says it; anything else counts as none.
+    """
+    now = settle(cfg, model, device)
+    with contextlib.suppress(ValueError, ConfigError):
+        was = replace(Runtime.of(before), agreement=cfg.agreement)
+        named = RuntimeConfig(kind=was.kind, precision=was.precision)
+        can = settle(named, model, device) == replace(was, agreement=named.agreement) and (
+            (was.kind, was.precision) != ("openvino", "bfloat16") or processor.has_bfloat16()
+        )
+        if can and cfg.kind in ("auto", was.kind) and cfg.precision in ("auto", was.precision):
+            return was
+    return now
 
 
 def build(model: TwoBranch, runtime: Runtime, device: torch.device, answers: tuple[int, ...] = (0, 1)) -> Core:
@@ -97,7 +117,9 @@ def build(model: TwoBranch, runtime: Runtime, device: torch.device, answers: tup
     except Exception as error:  # converters raise all sorts over what they don't know
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"runtime {runtime} can't run this network here ({type(error).__name__}: {said}); set runtime.kind=eager"
+            f"runtime {runtime} can't run this network here ({type(error).__name__}: {said}); set "
+            + ("runtime.precision=float32 or " if runtime.precision == "bfloat16" else "")
+            + "runtime.kind=eager"
         ) from error
     finally:
         torch.set_num_threads(threads)
@@ -168,7 +190,7 @@ class _OpenVino:
 
     def _compile(self, branches: tuple[int, ...]) -> Any:
         """The model for some branches; converted once, whoever asks first."""
-        ov = _openvino()
+        ov = processor.openvino()
         with self._lock:
             if branches not in self._compiled:
                 converted = _converted(self._model, branches)
@@ -203,21 +225,7 @@ def _converted(model: TwoBranch, branches: tuple[int, ...]) -> Any:
         warnings.simplefilter("ignore")  # the tracer's, on sizes that are fixed by design
         logging.getLogger("openvino").setLevel(logging.ERROR)
         traced = torch.jit.trace(_CoreModule(model, branches).eval(), x_BCHW, check_trace=False)  # frozen, PyTorch would keep its weights
-        return _openvino().convert_model(traced, example_input=x_BCHW)
-
-
-def _openvino() -> Any:
-    """The library, slow to import, and without the part of it that tells its maker of every import and conversion."""
-    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
-    return importlib.import_module("openvino")
-
-
-def _capabilities() -> list[str] | None:
-    """What OpenVINO can do on this CPU; None where it can't be used."""
-    try:
-        return cast("list[str]", _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-    except ImportError:
-        return None
+        return processor.openvino().convert_model(traced, example_input=x_BCHW)
 
 
 @torch.no_grad()

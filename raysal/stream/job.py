@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raysal.archive.uris import absolute
+from raysal.archive.uris import absolute, join, read_record
 from raysal.config import Config, digest_of
 from raysal.model.checkpoint import digest_at, read_info
-from raysal.model.engines import settle
+from raysal.model.engines import as_before
 from raysal.stream import manifest as manifests
 from raysal.stream.manifest import Manifest
-from raysal.stream.output import Held, Output
+from raysal.stream.output import RUN, Held, Output
 from raysal.stream.worker import STATUSES, PoolWorker, Task
 
 LIMITS = {"max_bytes", "max_pixels", "max_bands", "max_seconds"}
@@ -64,9 +64,12 @@ def prepare(
     digest, bonus = digest_at(checkpoint_uri), None if class_bonus is None else tuple(class_bonus)
     decides = digest_of([_deciding(cfg).digest(), schema.names, bonus])
     device = "cuda" if cfg.compute.use_gpu else "cpu"
-    runtime = settle(cfg.runtime, read_info(checkpoint_uri).model, device)
+    identity = {"kind": worker.__name__, "model_digest": digest, "config_digest": decides}
+    there = read_record(join(out_uri, RUN))
+    before = str(there.get("runtime")) if identity.items() <= there.items() else ""
+    runtime = as_before(cfg.runtime, read_info(checkpoint_uri).model, device, before)
     # The runtime too: another one rounds otherwise, and one folder holds one model's masks to the byte.
-    identity = {"kind": worker.__name__, "model_digest": digest, "config_digest": decides, "runtime": str(runtime)}
+    identity |= {"runtime": str(runtime)}
     task = Task(cfg, checkpoint_uri, digest, out_uri, schema, device, 1, "", bonus, runtime)
     return Job(manifest, wanted, Output(out_uri, schema, identity), task)
 

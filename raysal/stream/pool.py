@@ -185,7 +185,8 @@ def _joined(job: Job, missing: np.ndarray) -> Iterator[None]:
         return
     with connected(compute):
         score_actors(compute)  # nodes that have to come first are asked too
-        check_nodes([join(job.task.checkpoint_uri, INFO), *manifests.examples(job.manifest, missing)], [job.output.uri])
+        bfloat16 = str(job.task.runtime) == "openvino bfloat16"
+        check_nodes([join(job.task.checkpoint_uri, INFO), *manifests.examples(job.manifest, missing)], [job.output.uri], bfloat16)
         yield
 
 
@@ -215,8 +216,10 @@ def _work(
         rows = rows_per_shard or block_rows(todo, actors, task.cfg.score.batch_size)
         actors = min(actors, math.ceil(todo / rows))
         least = min(least, actors)
-        available = os.cpu_count() or 1 if here else cores()
-        threads = max(1, available // actors if least == actors else math.ceil(compute.cpus_per_actor))  # where nodes come: what each books
+        nodes = [os.cpu_count() or 1] if here else [*cores().values()]
+        # None has more than its node; where nodes come, as much as each books.
+        share = min(sum(nodes) // actors, max(nodes)) if least == actors else math.ceil(compute.cpus_per_actor)
+        threads = max(1, share)
         task = dataclasses.replace(task, threads=threads)
         if here:
             _work_here(kept, worker, missing_rows(manifest, missing), task, rows, tally)

@@ -151,7 +151,7 @@ def _worker(config: dict) -> None:
 
 def _threads(cfg: Config, session: RaySession) -> int:
     context = ray.train.get_context()
-    return cfg.compute.threads or max(1, cluster.cores(ray.get_runtime_context().get_node_id()) // max(1, context.get_local_world_size()))
+    return cfg.compute.threads or max(1, cluster.cores()[ray.get_runtime_context().get_node_id()] // max(1, context.get_local_world_size()))
 
 
 class RaySession:

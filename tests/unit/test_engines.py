@@ -135,7 +135,7 @@ def test_an_engine_that_says_something_else_is_refused(trained: Path, monkeypatc
 
 @needs_openvino
 def test_a_precision_that_the_processor_lacks_is_refused_not_replaced(trained: Path) -> None:
-    if "BF16" in (engines._capabilities() or ()):
+    if engines.processor.has_bfloat16():
         pytest.skip("this processor computes in bfloat16")
     with pytest.raises(CheckpointError, match="computes in f32, not in bfloat16"):
         Predictor.load(str(trained), runtime=Runtime("openvino", "bfloat16", 0.9))
@@ -150,19 +150,35 @@ def absent() -> None:
 
 
 def test_auto_takes_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_capabilities", lambda: ["FP32", "BF16"])
+    monkeypatch.setattr(engines.processor, "capabilities", lambda: ["FP32", "BF16"])
     assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "openvino bfloat16"
     assert str(settle(RuntimeConfig(precision="float32"), DEEPLAB, "cpu")) == "openvino float32"
     assert str(settle(RuntimeConfig(), ModelConfig(arch="DPT", encoder="tu-vit_small_patch14_dinov2"), "cpu")) == "eager float32"
-    monkeypatch.setattr(engines, "_capabilities", lambda: ["FP32"])
+    monkeypatch.setattr(engines.processor, "capabilities", lambda: ["FP32"])
     assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "openvino float32"
     with pytest.raises(ConfigError, match="runs on CPUs"):
         settle(RuntimeConfig(kind="openvino"), DEEPLAB, "cuda")
     monkeypatch.undo()
-    monkeypatch.setattr(engines, "_openvino", absent)
+    monkeypatch.setattr(engines.processor, "openvino", absent)
     assert str(settle(RuntimeConfig(), DEEPLAB, "cpu")) == "eager float32"
     with pytest.raises(ConfigError, match=r"pip install 'raysal\[openvino\]'"):
         settle(RuntimeConfig(kind="openvino"), DEEPLAB, "cpu")
+
+
+def test_who_goes_on_takes_the_runtime_of_the_rows_where_the_machine_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(before: str, **cfg: str) -> str:
+        return str(engines.as_before(RuntimeConfig(**cfg), DEEPLAB, "cpu", before))
+
+    monkeypatch.setattr(engines.processor, "capabilities", lambda: ["FP32", "BF16"])
+    assert taken("") == taken("None") == taken("openvino float128") == "openvino bfloat16"
+    assert taken("openvino float32") == "openvino float32" and taken("eager float32") == "eager float32"
+    assert taken("openvino float32", precision="bfloat16") == "openvino bfloat16"  # what the configuration says goes first
+    assert taken("eager float32", kind="openvino") == "openvino bfloat16"
+    monkeypatch.setattr(engines.processor, "capabilities", lambda: ["FP32"])
+    assert taken("openvino bfloat16") == "openvino float32"  # whose rows are then refused
+    monkeypatch.setattr(engines.processor, "openvino", absent)
+    monkeypatch.setattr(engines.processor, "capabilities", lambda: None)
+    assert taken("openvino float32") == "eager float32"
 
 
 def test_what_is_remembered_is_the_newest_and_bounded() -> None:

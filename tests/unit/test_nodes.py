@@ -13,7 +13,7 @@ import pytest
 import raysal
 from raysal import cluster, nodes
 from raysal.config import ComputeConfig
-from raysal.environment import JOB_CPUS
+from raysal.environment import JOB_CPUS, JOB_MEMORY
 from raysal.errors import InputError, ResourceError
 
 HERE = {"Python": platform.python_version(), "raysal": raysal.__version__, "wrong": {}}
@@ -31,9 +31,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def make(*up: dict, **said: dict) -> list[str]:
         asked: list[str] = []
 
-        def ask(found: dict[str, str], known: dict[str, int], probes: dict[str, str], timeout_s: float) -> dict[str, Any]:
+        def ask(found: dict[str, str], known: dict[str, int], probes: dict[str, str], bfloat16: bool, timeout_s: float) -> dict[str, Any]:
             asked.extend(found)
-            return {n: nodes._look._function(dict(known), dict(probes), n) | said.get(f"n{int(n[:2])}", {}) for n in found}
+            return {n: nodes._look._function(dict(known), dict(probes), n, bfloat16) | said.get(f"n{int(n[:2])}", {}) for n in found}
 
         monkeypatch.setattr(nodes.ray, "is_initialized", lambda: True)
         monkeypatch.setattr(nodes.ray, "nodes", lambda: list(up))
@@ -100,10 +100,17 @@ def test_what_a_node_finds(tmp_path: Path) -> None:
     look = nodes._look._function
     (tmp_path / "a").write_text("four")
     (tmp_path / f"{nodes.PROBE}1").write_text(f"{nodes.PROBE}1")
-    good = look({str(tmp_path / "a"): 4, str(tmp_path): 0}, {str(tmp_path): str(tmp_path / f"{nodes.PROBE}1")}, "0" * 8)
+    good = look({str(tmp_path / "a"): 4, str(tmp_path): 0}, {str(tmp_path): str(tmp_path / f"{nodes.PROBE}1")}, "0" * 8, False)
     assert good == HERE and len(list(tmp_path.iterdir())) == 2
     bad = look({str(tmp_path / "a"): 5, "/no/such": 1}, {"/out": str(tmp_path / "other/.raysal-probe-2")}, "0" * 8)
     assert bad["wrong"] == {str(tmp_path / "a"): "another file there", "/no/such": "nothing there", "/out": "not the same storage"}
+
+
+def test_a_node_that_lacks_bfloat16_is_named_before_its_actors_fail(answers: Callable[..., list[str]], tmp_path: Path) -> None:
+    answers(node(1), node(2), n1={"bfloat16": True}, n2={"bfloat16": False})
+    nodes.check_nodes([], [str(tmp_path)])
+    with pytest.raises(ResourceError, match=r"1 of 2 nodes don't compute in bfloat16.*10\.0\.0\.2.*set runtime\.precision=float32"):
+        nodes.check_nodes([], [str(tmp_path)], bfloat16=True)
 
 
 # --- what the cluster has ---------------------------------------------------------------------------------------------
@@ -128,6 +135,12 @@ def test_what_a_jobs_own_process_holds_is_not_promised_to_work(one_node: Callabl
     assert cluster.score_actors(ComputeConfig()) == (1, 1)
     with pytest.raises(ResourceError, match="besides the 1"):
         cluster.score_actors(ComputeConfig(score_actors=2))
+    monkeypatch.setenv(JOB_MEMORY, str(10**9))
+    has = node(1, 8.0)
+    has["Resources"]["memory"] = 1.8e9  # would hold an actor, but for the job
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [has])
+    with pytest.raises(ResourceError, match="room for only 0 such"):
+        cluster.score_actors(ComputeConfig(address="auto", score_actors=1))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raysal.environment import CLIENT, JOB_CPUS, programs
+import raysal
+from raysal.environment import CLIENT, JOB_CPUS, JOB_MEMORY, programs
 from raysal.errors import InputError
 from raysal.jobs.submission import VERBS, check_address, in_clear
 from tests.helpers import Call
@@ -74,16 +75,16 @@ def test_nothing_of_this_machine_travels_but_the_config(tmp_path: Path, monkeypa
     with job.runtime_env() as sent:
         folder = Path(sent["working_dir"])
         assert {f.name: f.read_text() for f in folder.iterdir()} == {"c.yaml": "seed: 3"}
-        assert set(sent) == {"env_vars", "working_dir"} and sent["env_vars"] == {JOB_CPUS: "1", CLIENT: programs()}
+        assert set(sent) == {"env_vars", "working_dir"} and sent["env_vars"] == {JOB_CPUS: "1", JOB_MEMORY: "0", CLIENT: programs()}
     assert not folder.exists()
     assert "secret" not in json.dumps([sent, job.metadata, job.entrypoint])
     with made("label", *LABEL).runtime_env() as sent:
         assert set(sent) == {"env_vars"}
 
 
-def wheel(file: Path, name: str = "raysal/__init__.py") -> Path:
+def wheel(file: Path, name: str = "raysal/__init__.py", version: str = raysal.__version__) -> Path:
     with zipfile.ZipFile(file, "w") as packed:
-        packed.writestr(name, "__version__ = '9'")
+        packed.writestr(name, f'__version__ = "{version}"')
         packed.writestr("raysal-9.dist-info/METADATA", "Requires-Dist: torch")
         packed.writestr("../outside.py", "")
     return file
@@ -104,6 +105,7 @@ def test_what_is_no_wheel_of_raysal_is_refused(tmp_path: Path, monkeypatch: pyte
         (tmp_path / "none.whl", "no wheel"),
         (tmp_path / "text.whl", "can't be read"),
         (wheel(tmp_path / "other.whl", "other/__init__.py"), "holds no raysal"),
+        (wheel(tmp_path / "newer.whl", version="99.0"), "raysal 99.0, but this command, .* install the wheel here too"),
     ]:
         with pytest.raises(InputError, match=said):
             made("label", *LABEL, wheel=file)

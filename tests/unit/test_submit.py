@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +23,9 @@ from raysal.errors import InputError, RaysalError, ResourceError
 from raysal.jobs import cluster
 from tests.helpers import Call
 from tests.unit.submitted import ADDRESS, LABEL, config, made, no_token  # noqa: F401 - a fixture for every test
+
+VERSION_OF_RAY = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""}
+NO_NODES = {"result": True, "msg": "", "data": {"result": {"result": [], "total": 0, "num_after_truncation": 0, "num_filtered": 0}}}
 
 
 class FakeClient:
@@ -53,9 +61,9 @@ class FakeClient:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     fake = FakeClient()
-    monkeypatch.setattr(cluster, "JobSubmissionClient", lambda address: fake)
+    monkeypatch.setattr(cluster, "_Client", lambda address, headers: fake)
     monkeypatch.setattr(cluster, "_wants_token", lambda address: True)
-    monkeypatch.setattr(cluster, "list_nodes", lambda *_, **__: [SimpleNamespace(resources_total=node) for node in fake.nodes])
+    monkeypatch.setattr(cluster, "_nodes", lambda address, headers: fake.nodes)
     monkeypatch.setattr(cluster, "POLL_S", 0.0)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ADDRESS)
     return fake
@@ -109,15 +117,18 @@ def test_what_the_cluster_says_is_one_line_with_the_fix(client: FakeClient, erro
 def test_a_process_that_fits_on_no_node_is_refused_with_the_numbers_unless_nodes_may_come(client: FakeClient) -> None:
     said: list[str] = []
     jobs = cluster.Jobs(ADDRESS, said.append)
-    with pytest.raises(ResourceError, match=r"books 16 CPU, but no node has that: 2 are up, with at most 8 CPU on one; lower --cpus"):
+    with pytest.raises(ResourceError, match=r"books 16 CPU, but no node has that: of 2 up the largest have 8 CPU; lower --cpus, or"):
         jobs.submit(made("label", *LABEL, cpus=16.0))
-    with pytest.raises(ResourceError, match=r"1 CPU, 20\.0 GB of memory, but no node has that: 2 are up, with at most 8 CPU, 16\.0 GB of"):
+    with pytest.raises(ResourceError, match=r"1 CPU, 20\.0 GB of memory, but .* have 8 CPU, 16\.0 GB of memory; lower --memory, or"):
         jobs.submit(made("label", *LABEL, memory=20 * 10**9))
+    with pytest.raises(ResourceError, match=r"1 CPU, 1 GPU, but .* have 8 CPU, 0 GPU; set compute\.use_gpu=false, or"):
+        jobs.submit(made("evaluate", "s3://m/model", "s3://m/data", "--config", "configs/demo.yaml", "--set", "compute.use_gpu=true"))
     assert client.sent == [] and said == []
     jobs.submit(made("label", *LABEL, "--set", "compute.grow_s=60", cpus=16.0))
+    jobs.submit(made("index", "s3://m/raw", "--out", "s3://m/large", cpus=16.0))  # has no configuration that could say so
     client.nodes = [{"memory": 4e9}]  # a head alone, whose workers come with the work
     jobs.submit(made("index", "s3://m/raw", "--out", "s3://m/manifest"))
-    assert len(client.sent) == 2 and len(said) == 2 and all("waits until an autoscaler brings such a node" in text for text in said)
+    assert len(client.sent) == 3 and len(said) == 3 and all("waits until an autoscaler brings such a node" in text for text in said)
 
 
 def test_another_version_of_ray_is_refused_with_both_numbers(client: FakeClient) -> None:
@@ -130,7 +141,8 @@ def test_another_version_of_ray_is_refused_with_both_numbers(client: FakeClient)
     ("answer", "said"),
     [
         (lambda: httpx.Response(404), "no dashboard of Ray"),
-        (lambda: httpx.Response(401), "login of its own .HTTP 401.; reach the dashboard through an SSH tunnel"),
+        (lambda: httpx.Response(401), "a login of its own .HTTP 401.; give the dashboard's own address, or reach it through an SSH tunnel"),
+        (lambda: httpx.Response(302, headers={"location": "https://sso.example.org/in?x=1"}), "302, to https://sso.example.org.; give"),
         (lambda: httpx.Response(503), "HTTP 503, the dashboard is not up yet"),
         (lambda: httpx.Response(200, text="hello"), "no dashboard of Ray"),
         (lambda: (_ for _ in ()).throw(httpx.ConnectTimeout("timed out")), "no answer"),
@@ -172,6 +184,37 @@ def tailed(client: FakeClient, *reads: list[str | Exception], ends: str = "SUCCE
             yield piece
 
     client.tail_job_logs = tail  # type: ignore[attr-defined]
+
+
+def test_no_token_goes_to_who_asks_for_none(tmp_path: Path) -> None:
+    """Ray's clients send it to whatever address they are given. In a process of its own: Ray reads the mode when it is imported."""
+    heard: list[tuple[str, str | None]] = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append((self.path.partition("?")[0], self.headers.get("Authorization")))
+            said = {"/api/authentication_mode": {"authentication_mode": "disabled"}, "/api/jobs/": [], "/api/version": VERSION_OF_RAY}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(said.get(self.path.partition("?")[0], NO_NODES)).encode())
+
+        def do_POST(self) -> None:
+            self.send_error(413)
+
+        do_PUT = do_POST
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "token").write_text("a-secret-token-of-the-mission-" * 2)
+        env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+        address = f"http://127.0.0.1:{server.server_port}"
+        for arguments in (("list",), ("label", *LABEL, "--insecure")):
+            command = [sys.executable, "-m", "raysal", "submit", *arguments, "--address", address]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+            assert "asks for no token" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        server.shutdown()
+    assert {path for path, _ in heard} >= {"/api/jobs/", "/api/version", "/api/v0/nodes"}
+    assert {sent for _, sent in heard} <= {None, ""}
 
 
 def test_a_log_is_written_once_whatever_breaks_on_the_way(client: FakeClient) -> None:
