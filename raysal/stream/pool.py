@@ -217,16 +217,18 @@ def _work(
         actors = min(actors, math.ceil(todo / rows))
         least = min(least, actors)
         nodes = [os.cpu_count() or 1] if here else [*cores().values()]
-        # None has more than its node; where nodes come, as much as each books.
-        share = min(sum(nodes) // actors, max(nodes)) if least == actors else math.ceil(compute.cpus_per_actor)
-        threads = max(1, share)
-        task = dataclasses.replace(task, threads=threads)
+        task = dataclasses.replace(task, threads=_threads(nodes, actors, math.ceil(compute.cpus_per_actor) if least < actors else None))
         if here:
             _work_here(kept, worker, missing_rows(manifest, missing), task, rows, tally)
         else:
             pool = ActorPoolStrategy(size=actors) if least == actors else ActorPoolStrategy(min_size=least, max_size=actors)
             _stream(worker, lambda: _blocks(manifest, missing, there, rows), task, rows, pool, tally)
     return actors * task.threads
+
+
+def _threads(nodes: Sequence[int], actors: int, booked: int | None) -> int:
+    """Threads of an actor: its share of the cores of all nodes, but no more than one node has; where nodes come and go, what it books."""
+    return max(1, booked or min(sum(nodes) // actors, max(nodes)))
 
 
 def _work_here(kept: Kept, worker: type[PoolWorker], images: pa.Table, task: Task, rows: int, tally: _Tally) -> None:

@@ -15,8 +15,9 @@ from raysal import cluster, nodes
 from raysal.config import ComputeConfig
 from raysal.environment import JOB_CPUS, JOB_MEMORY
 from raysal.errors import InputError, ResourceError
+from raysal.stream import pool
 
-HERE = {"Python": platform.python_version(), "raysal": raysal.__version__, "wrong": {}}
+HERE = {"Python": platform.python_version(), "raysal": raysal.__version__, "bfloat16": False, "wrong": {}}
 
 
 def node(number: int, cpus: float = 4.0, alive: bool = True, gpus: float = 0.0) -> dict[str, Any]:
@@ -141,6 +142,28 @@ def test_what_a_jobs_own_process_holds_is_not_promised_to_work(one_node: Callabl
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [has])
     with pytest.raises(ResourceError, match="room for only 0 such"):
         cluster.score_actors(ComputeConfig(address="auto", score_actors=1))
+
+
+def test_cores_are_those_that_ray_was_told_of_and_here_no_more_than_there_are(
+    one_node: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_node(1.0)
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [node(1, 4.0), node(2, 16.0), node(3, 0.0), node(4, 8.0, alive=False)])
+    assert list(cluster.cores().values()) == [2, 16, 0]
+    one_node(1.0)
+    assert list(cluster.cores().values()) == [1]
+
+
+@pytest.mark.parametrize(
+    ("nodes_cores", "actors", "booked", "threads"),
+    [([2], 2, None, 1), ([2], 1, None, 2), ([16] * 10, 160, None, 1), ([16] * 10, 10, None, 16), ([16] * 10, 1, None, 16),
+     ([0, 4], 8, None, 1), ([16] * 10, 5, 2, 2)],
+)  # fmt: skip
+def test_an_actor_has_no_more_threads_than_its_node_has_cores(
+    nodes_cores: list[int], actors: int, booked: int | None, threads: int
+) -> None:
+    assert pool._threads(nodes_cores, actors, booked) == threads
 
 
 @pytest.fixture
