@@ -103,7 +103,7 @@ def test_what_a_node_finds(tmp_path: Path) -> None:
     (tmp_path / f"{nodes.PROBE}1").write_text(f"{nodes.PROBE}1")
     good = look({str(tmp_path / "a"): 4, str(tmp_path): 0}, {str(tmp_path): str(tmp_path / f"{nodes.PROBE}1")}, "0" * 8, False)
     assert good == HERE and len(list(tmp_path.iterdir())) == 2
-    bad = look({str(tmp_path / "a"): 5, "/no/such": 1}, {"/out": str(tmp_path / "other/.raysal-probe-2")}, "0" * 8)
+    bad = look({str(tmp_path / "a"): 5, "/no/such": 1}, {"/out": str(tmp_path / "other/.raysal-probe-2")}, "0" * 8, False)
     assert bad["wrong"] == {str(tmp_path / "a"): "another file there", "/no/such": "nothing there", "/out": "not the same storage"}
 
 
