@@ -11,7 +11,7 @@ import logging
 import threading
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -78,17 +78,17 @@ def as_before(cfg: RuntimeConfig, model: ModelConfig, device: str, before: str) 
     Args:
         cfg, model, device: As in `settle`.
         before: The runtime of the rows, as `str` says it; anything else counts as none.
+
+    Raises:
+        ConfigError: As `settle`.
     """
-    now = settle(cfg, model, device)
     with contextlib.suppress(ValueError, ConfigError):
-        was = replace(Runtime.of(before), agreement=cfg.agreement)
-        named = RuntimeConfig(kind=was.kind, precision=was.precision)
-        can = settle(named, model, device) == replace(was, agreement=named.agreement) and (
-            (was.kind, was.precision) != ("openvino", "bfloat16") or processor.has_bfloat16()
-        )
+        was = Runtime.of(before)
+        named = RuntimeConfig(kind=was.kind, precision=was.precision, agreement=cfg.agreement)  # refuses what is none
+        can = before != "openvino bfloat16" or processor.has_bfloat16()
         if can and cfg.kind in ("auto", was.kind) and cfg.precision in ("auto", was.precision):
-            return was
-    return now
+            return settle(named, model, device)
+    return settle(cfg, model, device)
 
 
 def build(model: TwoBranch, runtime: Runtime, device: torch.device, answers: tuple[int, ...] = (0, 1)) -> Core:
