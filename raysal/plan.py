@@ -96,8 +96,8 @@ MEASURED = {
     "resnet18-bfloat16": Rate(
         10.9,
         "core",
-        "benchmarks/results/scoring_bfloat16.md: the same, OpenVINO in bfloat16, both cores of a small machine with AVX-512 (88 GFLOP/s a "
-        "core in float32)",
+        "benchmarks/results/scoring_bfloat16.md: scores of 256 px scenes, DeepLabV3+ with resnet18, OpenVINO in bfloat16, both cores of a "
+        "small machine with AVX-512 BF16 (88 GFLOP/s a core in float32)",
         256,
     ),
     "mobilenetv3": Rate(
