@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -303,9 +305,14 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_go_on(client: FakeClient, r
 
     async def tail(id_: str) -> AsyncIterator[str]:
         yield "one\n"
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(60)
 
     client.tail_job_logs = tail  # type: ignore[attr-defined]
-    code, _, err = raysal("submit", "label", *LABEL, "--address", ADDRESS)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
+    try:
+        code, _, err = raysal("submit", "label", *LABEL, "--address", ADDRESS)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and "attached" in err and client.held[job.id].status == JobStatus.RUNNING
     assert f"raysal submit logs {job.id} --address {ADDRESS} --follow" in err and f"submit stop {job.id}" in err
