@@ -30,7 +30,7 @@ NAMED = 5
 """Nodes that a message names."""
 
 Found = Mapping[str, Any]
-"""What a node says: its python and raysal, and for each place that is wrong why."""
+"""What a node says: its Python and raysal, whether it computes in bfloat16 where that was asked, and for each place that is wrong why."""
 
 
 def check_nodes(reads: Sequence[str], writes: Sequence[str], bfloat16: bool = False, timeout_s: float = ANSWER_S) -> None:

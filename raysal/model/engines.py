@@ -41,6 +41,11 @@ class Runtime:
     def __str__(self) -> str:
         return f"{self.kind} {self.precision}"
 
+    @property
+    def needs_bfloat16(self) -> bool:
+        """Whether the processor must compute in it; PyTorch does without."""
+        return (self.kind, self.precision) == ("openvino", "bfloat16")
+
     @classmethod
     def of(cls, text: str) -> Runtime:
         """From what `str` made of one."""
@@ -85,7 +90,7 @@ def as_before(cfg: RuntimeConfig, model: ModelConfig, device: str, before: str) 
     with contextlib.suppress(ValueError, ConfigError):
         was = Runtime.of(before)
         named = RuntimeConfig(kind=was.kind, precision=was.precision, agreement=cfg.agreement)  # refuses what is none
-        can = before != "openvino bfloat16" or processor.has_bfloat16()
+        can = not was.needs_bfloat16 or processor.has_bfloat16()
         if can and cfg.kind in ("auto", was.kind) and cfg.precision in ("auto", was.precision):
             return settle(named, model, device)
     return settle(cfg, model, device)

@@ -185,8 +185,8 @@ def _joined(job: Job, missing: np.ndarray) -> Iterator[None]:
         return
     with connected(compute):
         score_actors(compute)  # nodes that have to come first are asked too
-        bfloat16 = str(job.task.runtime) == "openvino bfloat16"
-        check_nodes([join(job.task.checkpoint_uri, INFO), *manifests.examples(job.manifest, missing)], [job.output.uri], bfloat16)
+        reads = [join(job.task.checkpoint_uri, INFO), *manifests.examples(job.manifest, missing)]
+        check_nodes(reads, [job.output.uri], job.task.runtime.needs_bfloat16)
         yield
 
 

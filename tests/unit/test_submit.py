@@ -194,16 +194,18 @@ def test_no_token_goes_to_who_asks_for_none(tmp_path: Path) -> None:
 
     class Dashboard(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            heard.append((self.path.partition("?")[0], self.headers.get("Authorization")))
+            self.hear()
             said = {"/api/authentication_mode": {"authentication_mode": "disabled"}, "/api/jobs/": [], "/api/version": VERSION_OF_RAY}
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps(said.get(self.path.partition("?")[0], NO_NODES)).encode())
 
         def do_POST(self) -> None:
+            self.hear()
             self.send_error(413)
 
-        do_PUT = do_POST
+        def hear(self) -> None:
+            heard.append((f"{self.command} {self.path.partition('?')[0]}", self.headers.get("Authorization")))
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -215,7 +217,7 @@ def test_no_token_goes_to_who_asks_for_none(tmp_path: Path) -> None:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
             assert "asks for no token" in done.stderr and "Traceback" not in done.stderr, done.stderr
         server.shutdown()
-    assert {path for path, _ in heard} >= {"/api/jobs/", "/api/version", "/api/v0/nodes"}
+    assert {what for what, _ in heard} >= {"GET /api/jobs/", "POST /api/jobs/", "GET /api/version", "GET /api/v0/nodes"}
     assert {sent for _, sent in heard} <= {None, ""}
 
 
