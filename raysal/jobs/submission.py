@@ -9,6 +9,7 @@ import re
 import shlex
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,7 +231,7 @@ def _check_wheel(wheel: Path) -> None:
         with zipfile.ZipFile(wheel) as packed:
             names = packed.namelist()
             said = packed.read("raysal/__init__.py").decode(errors="replace") if "raysal/__init__.py" in names else ""
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # no zip file, damaged inside, or locked with a password
         raise InputError(f"--wheel {wheel}: can't be read ({error}); {how}") from error
     if "raysal/__init__.py" not in names:
         raise InputError(f"--wheel {wheel}: holds no raysal; {how}")

@@ -101,9 +101,16 @@ def test_a_wheel_goes_along_without_what_it_depends_on(tmp_path: Path) -> None:
 
 def test_what_is_no_wheel_of_raysal_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.whl").write_text("no zip")
+    damaged = tmp_path / "damaged.whl"
+    with zipfile.ZipFile(damaged, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("raysal/__init__.py", "x = 1\n" * 500)
+    content = damaged.read_bytes()
+    begins = 30 + len("raysal/__init__.py")
+    damaged.write_bytes(content[:begins] + b"\xff" + content[begins + 1 :])  # inside what is packed
     for file, said in [
         (tmp_path / "none.whl", "no wheel"),
         (tmp_path / "text.whl", "can't be read"),
+        (damaged, "can't be read"),
         (wheel(tmp_path / "other.whl", "other/__init__.py"), "holds no raysal"),
         (wheel(tmp_path / "newer.whl", version="99.0"), "raysal 99.0, but this command, .* install the wheel here too"),
     ]:
