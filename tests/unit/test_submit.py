@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -231,8 +230,6 @@ def test_a_log_is_written_once_whatever_breaks_on_the_way(client: FakeClient) ->
 
 
 def test_a_silent_connection_is_given_up(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    import asyncio
-
     monkeypatch.setattr(cluster, "QUIET_S", 0.05)
     client.put("raysal-a", "RUNNING")
     tries: list[int] = []
@@ -303,18 +300,16 @@ def test_the_command_says_what_became_of_a_submission(client: FakeClient, raysal
 
 def test_ctrl_c_leaves_the_job_alone_and_says_how_to_go_on(client: FakeClient, raysal: Call) -> None:
     job = made("label", *LABEL)
-    client.put(job.id, "RUNNING")
+    client.put(job.id, "PENDING")
+    ask, asked = client.get_job_info, []
 
-    async def tail(id_: str) -> AsyncIterator[str]:
-        yield "one\n"
-        signal.raise_signal(signal.SIGINT)
-        await asyncio.sleep(60)
+    def interrupted(id_: str) -> SimpleNamespace:  # between two questions; tests/e2e sends a real one while the log is read
+        asked.append(id_)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return ask(id_)
 
-    client.tail_job_logs = tail  # type: ignore[attr-defined]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
-    try:
-        code, _, err = raysal("submit", "label", *LABEL, "--address", ADDRESS)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert code == 130 and "attached" in err and client.held[job.id].status == JobStatus.RUNNING
+    client.get_job_info = interrupted  # type: ignore[method-assign]
+    code, _, err = raysal("submit", "label", *LABEL, "--address", ADDRESS)
+    assert code == 130 and "attached" in err and client.held[job.id].status == JobStatus.PENDING
     assert f"raysal submit logs {job.id} --address {ADDRESS} --follow" in err and f"submit stop {job.id}" in err
