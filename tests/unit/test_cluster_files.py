@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import typer
 import yaml
@@ -131,6 +132,23 @@ def test_its_operator_takes_it(schema: dict, file: Path) -> None:
     taken.validate(content)
     with pytest.raises(jsonschema.ValidationError, match="nonsense"):
         taken.validate(content | {"spec": content["spec"] | {"nonsense": 1}})
+
+
+@pytest.mark.parametrize("file", RAY_OBJECTS, ids=lambda file: file.name)
+def test_kubernetes_takes_the_pods(file: Path) -> None:
+    """Kubernetes' own schemas, by which most of an object of KubeRay goes: its pods."""
+    cluster = clusters(file)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod"} | group["template"]
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+        pod["spec"]["containers"][0]["nonsense"] = 1
+        with pytest.raises(kubernetes_validate.ValidationError, match="nonsense"):
+            kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_kubernetes_takes_the_network_policies() -> None:
+    for policy in yaml.safe_load_all((ROOT / "deploy/networkpolicy.yaml").read_text(encoding="utf-8")):
+        kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
 
 
 @pytest.mark.parametrize("file", RAY_OBJECTS, ids=lambda file: file.name)
