@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -37,8 +38,8 @@ class PlainSession:
     def wrap(self, model: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
 
-    def resume(self) -> Path | None:
-        return None
+    def resume(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def unlabeled(self, start_step: int) -> Iterator[UnlabeledBatch]:
         plan = self.plan

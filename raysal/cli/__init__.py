@@ -12,7 +12,7 @@ import typer
 
 from raysal.cli import serving, submit
 from raysal.cli.archive import index
-from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set
+from raysal.cli.options import ConfigFile, DryRun, Json, OptionalConfig, Set, Version
 from raysal.cli.planning import plan
 from raysal.config import Config, load
 from raysal.environment import check_client
@@ -25,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turns a mission's archive of rover images and about 3% of hand labels into masks for every image.",
 )
+
+
+@app.callback()
+def _options(version: Version = False) -> None: ...
 
 
 @app.command()

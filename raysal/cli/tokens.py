@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from raysal.errors import ConfigError
@@ -20,4 +21,5 @@ def authenticated(starts: bool) -> None:
     if starts or token.exists() or os.environ.get("RAY_AUTH_TOKEN") or named:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if token.exists():
-        token.chmod(0o600)  # Ray leaves it for all to read
+        with suppress(OSError):  # mounted into a container it is another's, who saw to its mode
+            token.chmod(0o600)  # Ray leaves it for all to read

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -220,8 +221,8 @@ class _Bare:
     def wrap(self, model: nn.Module) -> nn.Module:
         return model
 
-    def resume(self) -> Path | None:
-        return None
+    def resume(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def unlabeled(self, start_step: int) -> Iterator[UnlabeledBatch]:
         draws = Draws(self.plan.dataset, self.plan.unlabeled, self.plan.cfg, "unlabeled")

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -46,8 +46,8 @@ class Session(Protocol):
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as it is called in the forward pass (DDP where world > 1)."""
 
-    def resume(self) -> Path | None:
-        """Local folder of the newest whole checkpoint, or None."""
+    def resume(self) -> AbstractContextManager[Path | None]:
+        """Local folder of the newest whole checkpoint, or None. A copy of one that lies elsewhere goes with the context."""
 
     def unlabeled(self, start_step: int) -> Iterator[UnlabeledBatch]:
         """This rank's share of each step's unlabelled images, from `start_step` on."""
@@ -324,16 +324,16 @@ def model_info(plan: Plan, step: int = 0, measured: dict | None = None) -> check
 
 
 def _resume(learner: Learner, session: Session) -> Progress | None:
-    folder = session.resume()
-    if folder is None:
-        return None
-    loaded = checkpoint.load(str(folder))
-    learner.published.load_state_dict(loaded.model.state_dict())
-    student = learner.model if learner.teacher is not None else None
-    progress = load_state(folder, student, learner.optimizer, session.device)
+    with session.resume() as folder:
+        if folder is None:
+            return None
+        loaded = checkpoint.load(str(folder))
+        learner.published.load_state_dict(loaded.model.state_dict())
+        student = learner.model if learner.teacher is not None else None
+        progress = load_state(folder, student, learner.optimizer, session.device)
     if progress.schedule != learner.plan.schedule():
         raise CheckpointError(
-            f"{folder}: this training was started with another configuration or other labels; "
+            f"{learner.plan.cfg.run}: this training was started with another configuration or other labels; "
             "use another run folder, or go back to the configuration it was started with"
         )
     return progress

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -167,10 +168,12 @@ class RaySession:
         # The pseudo-label pass and the student's pass both move batch-norm buffers: broadcasting them would trip autograd.
         return ray.train.torch.prepare_model(model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False})
 
-    def resume(self) -> Path | None:
+    @contextmanager
+    def resume(self) -> Iterator[Path | None]:
         """What Ray says; where it knows of none (its bookkeeping was lost, or local mode wrote them), what the folder holds."""
         checkpoint = ray.train.get_checkpoint()
-        return Path(checkpoint.to_directory()) if checkpoint else saved.newest(join(self.folder, "fit"))
+        with checkpoint.as_directory() if checkpoint else saved.newest(join(self.folder, "fit")) as folder:
+            yield None if folder is None else Path(folder)
 
     def unlabeled(self, start_step: int) -> Iterator[UnlabeledBatch]:
         steps, first = self.plan.cfg.train.steps, start_step
@@ -209,8 +212,10 @@ class RaySession:
 class LocalSession(RaySession):
     """In this process, without train workers. Ray's local mode keeps no checkpoints, so they are kept here: the last and the best."""
 
-    def resume(self) -> Path | None:
-        return saved.newest(join(self.folder, "fit"))
+    @contextmanager
+    def resume(self) -> Iterator[Path | None]:
+        with saved.newest(join(self.folder, "fit")) as folder:
+            yield folder
 
     def report(self, metrics: dict, folder: Path | None) -> None:
         assert folder is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,12 +26,16 @@ def names(folder: str) -> list[str]:
     return [n for n in list_names(folder) if n.startswith("step-") and all(exists(join(folder, n, file)) for file in FILES)]
 
 
-def newest(folder: str) -> Path | None:
-    """The newest whole checkpoint, on this machine's disk; None where there is none. What a kill cut short is passed over."""
+@contextmanager
+def newest(folder: str) -> Iterator[Path | None]:
+    """The newest whole checkpoint, on this machine's disk while the context lasts; None where there is none. What a kill cut short
+    is passed over."""
     for candidate in reversed(names(folder)):
-        if found := _whole(join(folder, candidate)):
-            return found
-    return None
+        with _on_disk(join(folder, candidate)) as found:
+            if _is_whole(found):
+                yield found
+                return
+    yield None
 
 
 def best(folder: str) -> str:
@@ -48,13 +54,18 @@ def _miou(uri: str) -> float:
     return -1.0 if value is None else float(value)
 
 
-def _whole(uri: str) -> Path | None:
+@contextmanager
+def _on_disk(uri: str) -> Iterator[Path]:
     if is_local(uri):
-        folder = Path(absolute(uri))
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="raysal-resume-"))
+        yield Path(absolute(uri))
+        return
+    with tempfile.TemporaryDirectory(prefix="raysal-resume-") as copy:
         for file in FILES:
-            (folder / file).write_bytes(read_bytes(join(uri, file)))
+            (Path(copy) / file).write_bytes(read_bytes(join(uri, file)))
+        yield Path(copy)
+
+
+def _is_whole(folder: Path) -> bool:
     try:
         for file in FILES:
             if file.endswith(".json"):
@@ -62,5 +73,5 @@ def _whole(uri: str) -> Path | None:
             else:
                 safe_open(folder / file, "pt")  # reads the header alone, and compares it with the file's length
     except (OSError, ValueError, SafetensorError):
-        return None
-    return folder
+        return False
+    return True

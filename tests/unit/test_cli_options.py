@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import platform
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 
+from raysal import __version__
 from raysal.archive.tables import read_table, scores_schema, write_table
 from raysal.archive.uris import write_bytes
+from raysal.cli.tokens import authenticated
 from raysal.config import Config
 from raysal.errors import InputError, RaysalError
 from raysal.rounds import single
@@ -179,3 +185,26 @@ def test_a_store_that_refuses_or_does_not_answer_is_told_apart(
     with pytest.raises(RaysalError, match=said) as seen:
         write_bytes("memory://bucket/x", b"x")
     assert seen.value.exit_code == code
+
+
+def test_the_version_is_told_with_those_that_a_cluster_must_share(raysal: Call) -> None:
+    code, out, _ = raysal("--version")
+    assert code == 0 and out == f"raysal {__version__}, Ray {ray.__version__}, Python {platform.python_version()}\n"
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_rays_token_is_for_its_owner_alone_or_as_it_was_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    (tmp_path / ".ray").mkdir()
+    token = tmp_path / ".ray" / "auth_token"
+    token.write_text("a" * 64)
+    token.chmod(0o644)
+    if mounted:
+        monkeypatch.setattr(Path, "chmod", read_only)
+    authenticated(starts=False)
+    assert token.stat().st_mode & 0o777 == (0o644 if mounted else 0o600) and os.environ["RAY_AUTH_MODE"] == "token"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,18 +26,22 @@ def put(root: str, step: int, miou: float | None = None, without: str = "", cut:
     return saved.name(step)
 
 
-def test_the_newest_is_the_newest_whole_one(root: str) -> None:
-    assert saved.newest(root) is None
+def test_the_newest_is_the_newest_whole_one_and_no_copy_stays(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(copies))
+    with saved.newest(root) as none:
+        assert none is None
     put(root, 3)
     put(root, 20)
     for n, file in enumerate(saved.FILES):
         put(root, 30 + n, without=file)
         put(root, 40 + n, cut=file)
-    found = saved.newest(root)
-    assert found is not None
-    assert json.loads((found / "state.json").read_text()) == {"step": 1}
-    if not root.startswith("memory://"):
-        assert found.name == saved.name(20)
+    with saved.newest(root) as found:
+        assert found is not None
+        assert json.loads((found / "state.json").read_text()) == {"step": 1}
+        assert [found] == list(copies.iterdir()) if root.startswith("memory://") else found.name == saved.name(20)
+    assert not list(copies.iterdir())
 
 
 def test_the_best_is_the_later_of_equals_and_never_an_unevaluated_one(root: str) -> None:
