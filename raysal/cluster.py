@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import shutil
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -34,6 +35,9 @@ HELPERS_S = 60.0
 
 GROW_POLL_S = 5.0
 """Between two looks at a cluster that grows."""
+
+ASKED_S = 60.0
+"""After which a cluster forgets what was asked for by a job that is gone."""
 
 
 @contextlib.contextmanager
@@ -148,9 +152,14 @@ Resources = dict[str, float]
 """As Ray names them: CPU, GPU, and memory in bytes."""
 
 
+def _held() -> Resources:
+    """What a job's own process books on its node."""
+    return {"CPU": float(os.environ.get(JOB_CPUS) or 0), "memory": float(os.environ.get(JOB_MEMORY) or 0)}
+
+
 def _nodes() -> list[Resources]:
     """What work can have on each node that is up: what a job's own process books is taken."""
-    held = {"CPU": float(os.environ.get(JOB_CPUS) or 0), "memory": float(os.environ.get(JOB_MEMORY) or 0)}
+    held = _held()
     mine = ray.get_runtime_context().get_node_id() if any(held.values()) else None
     up = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
     return [has | {what: has.get(what, 0.0) - n for what, n in held.items()} if id_ == mine else has for id_, has in up]
@@ -185,14 +194,65 @@ def _waited(compute: ComputeConfig, bundle: Resources, n: int, lacks: Callable[[
     lack, end = lacks(), time.monotonic() + compute.grow_s
     if not lack or not compute.grow_s:
         return lack
-    request_resources(bundles=[bundle] * n)
-    try:
+    besides = [{what: n for what, n in _held().items() if n}, {"CPU": INGEST_CPUS}]  # Ray's autoscaler counts whole nodes
+    with _asked_for([bundle] * n + [share for share in besides if share], "LOW"):
         while lack and time.monotonic() < end:
             time.sleep(GROW_POLL_S)
             lack = lacks()
-    finally:
-        request_resources(bundles=[])  # or the nodes would stay for ever
     return f"{lack} (waited {compute.grow_s:g} s for more nodes)" if lack else ""
+
+
+@contextlib.contextmanager
+def _asked_for(bundles: list[Resources], priority: str) -> Iterator[None]:
+    """Asks the cluster for bundles of resources for as long as the context lasts.
+
+    Ray Data and Ray Train ask through one actor for all jobs, which adds up what they ask for, tells the autoscaler every 20 s, and shares
+    what is there by priority. What is asked for by `ray.autoscaler.sdk.request_resources` alone is overwritten by it.
+    """
+    from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+    coordinator, me, done = get_or_create_autoscaling_coordinator(), f"raysal-{uuid.uuid4().hex}", threading.Event()
+    options = {"requester_id": me, "resources": bundles, "expire_after_s": ASKED_S, "priority": ResourceRequestPriority[priority]}
+
+    def ask() -> None:
+        with contextlib.suppress(RayError):  # an actor that is being restarted is asked again
+            ray.get(coordinator.request_resources.remote(**options), timeout=ASKED_S / 3)
+
+    def renew() -> None:
+        while not done.wait(ASKED_S / 3):
+            ask()
+
+    ask()
+    renewing = threading.Thread(target=renew, daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        done.set()
+        renewing.join()
+        coordinator.cancel_request.remote(me)
+
+
+@contextlib.contextmanager
+def room_beside_elastic_workers(compute: ComputeConfig) -> Iterator[None]:
+    """Keeps what this job's process and the decoding beside it need out of what Ray Train thinks it can start elastic workers on.
+
+    It counts the whole of each node, starts as many workers as these hold, and tries the same number again for ever where some CPUs are
+    taken. So they are booked first, on this node where it has them.
+    """
+    if not compute.min_workers:
+        yield
+        return
+    id_ = ray.get_runtime_context().get_node_id()
+    [mine] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == id_]
+    share = {"CPU": _held()["CPU"] + INGEST_CPUS}
+    if mine.get("CPU", 0) < share["CPU"]:  # a head without CPUs: nothing is booked there
+        yield
+        return
+    here = {name: 0.001 for name in mine if name.startswith("node:") and name != HEAD}
+    with _asked_for([share | here], "HIGH"):
+        yield
 
 
 def _of_a_worker(compute: ComputeConfig) -> Resources:
@@ -219,11 +279,12 @@ def check_training(compute: ComputeConfig) -> None:
     """
     if compute.train_workers == 0:
         return
-    if lack := _waited(compute, _of_a_worker(compute), compute.min_workers or compute.train_workers, lambda: _lacks_for_training(compute)):
+    if lack := _waited(compute, _of_a_worker(compute), compute.min_workers or compute.train_workers, lambda: lacks_for_training(compute)):
         raise ResourceError(lack)
 
 
-def _lacks_for_training(compute: ComputeConfig) -> str:
+def lacks_for_training(compute: ComputeConfig) -> str:
+    """What a training's workers, the least number of them, lack on the nodes that are up; empty where there is room for them."""
     workers = compute.min_workers or compute.train_workers
     nodes = _nodes()
     have, gpus, need = _all(nodes, "CPU"), _all(nodes, "GPU"), workers * compute.cpus_per_worker + INGEST_CPUS

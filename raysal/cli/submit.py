@@ -44,6 +44,9 @@ def verb(
         float, typer.Option(min=0.01, help="Logical CPUs of the job's own process; above 0, so that it is kept off a head without any.")
     ] = 1.0,
     memory: Annotated[str | None, typer.Option(help="Memory that it books, for example 4G.")] = None,
+    on: Annotated[
+        str, typer.Option(metavar="RESOURCE", help="Only on nodes with this custom resource: a job ends with the node of its own process.")
+    ] = "",
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job's log to its end, and exit as it does.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Also where the same has succeeded before: archives grow.")] = False,
     insecure: Insecure = False,
@@ -55,7 +58,7 @@ def verb(
     from raysal.jobs.cluster import Jobs, described
 
     name = context.command.name or ""
-    made = submission(name, context.args, _parsed(name, context.args), wheel, cpus, size(memory, "--memory") or 0)
+    made = submission(name, context.args, _parsed(name, context.args), wheel, cpus, size(memory, "--memory") or 0, on)
     ui = Ui(json_)
     jobs = Jobs(address, ui.warning, insecure)
     id_, before = jobs.submit(made, again)
@@ -115,7 +118,11 @@ def stop(id_: Id, address: Address = DASHBOARD, json_: Json = False) -> None:
     """
     jobs = _jobs(address, json_)
     stopped, job = jobs.stop(id_)
-    _report(Ui(json_), job, None if stopped else f"{id_}: ended before ({job.status})")
+    if job.status.is_terminal():
+        _report(Ui(json_), job, None if stopped else f"{id_}: ended before ({job.status})")
+    else:
+        waits = "told to stop, but it waits for a node itself and hears of it once it has one, or has waited too long (docs/cluster.md)"
+        _report(Ui(json_), job, f"{id_}: {waits}")
 
 
 @app.command("list")

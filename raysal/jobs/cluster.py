@@ -33,6 +33,12 @@ QUIET_S = 60.0
 PATIENCE_S = 600.0
 """How long a cluster may be away while its job is followed."""
 
+PENDING_S = 5.0
+"""Within which a job that is starting hears that it should stop."""
+
+MARK = 0.001
+"""Of a resource that marks nodes, as Ray books none without a number."""
+
 POLL_S = 1.0
 
 MOST_NODES = 10_000
@@ -101,6 +107,7 @@ class Jobs:
                     entrypoint_num_cpus=made.cpus,
                     entrypoint_memory=made.memory or None,
                     entrypoint_num_gpus=made.gpus or None,
+                    entrypoint_resources={made.on: MARK} if made.on else None,
                 )
         except Exception as error:  # of all sorts, as the answer is
             if "already exists" in str(error):  # somebody else sent the same at the same moment
@@ -131,15 +138,19 @@ class Jobs:
         return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
 
     def log(self, id_: str) -> str:
-        """All that a job has written so far."""
-        self.job(id_)
+        """All that a job has written so far; of one that has ended on a node that is gone, the last lines, which Ray keeps if it failed."""
+        job = self.job(id_)
         try:
             return self.client.get_job_logs(id_)
         except Exception as error:
-            raise _refusal(self.address, error) from error
+            if not job.status.is_terminal() or isinstance(error, OSError):
+                raise _refusal(self.address, error) from error
+            self.warn(f"{id_}: its log was on a node that is gone; this is what the cluster kept of it")
+            return f"{job.message or ''}\n"
 
     def stop(self, id_: str, timeout_s: float = 60.0) -> tuple[bool, JobDetails]:
-        """Stops a job and waits until it has. Returns whether it was under way, and the job."""
+        """Stops a job and waits until it has, unless it waits for a node itself: Ray tells it once it has one. Returns whether it was under
+        way, and the job."""
         job = self.job(id_)
         if job.status.is_terminal():
             return False, job
@@ -147,9 +158,11 @@ class Jobs:
             self.client.stop_job(id_)
         except Exception as error:
             raise _refusal(self.address, error) from error
-        end = time.monotonic() + timeout_s
+        begin = time.monotonic()
         while not (job := self.job(id_)).status.is_terminal():
-            if time.monotonic() > end:
+            if job.status == JobStatus.PENDING and time.monotonic() > begin + PENDING_S:
+                break
+            if time.monotonic() > begin + timeout_s:
                 raise RaysalError(f"{id_}: told to stop, but goes on after {timeout_s:g} s; say so once more")
             time.sleep(POLL_S)
         return True, job
@@ -173,6 +186,8 @@ class Jobs:
                 if job.status != JobStatus.PENDING:
                     asyncio.run(log.read(self.client, id_))
                     if job.status.is_terminal():
+                        if not log.seen:
+                            write(self.log(id_))
                         return job
                 elif before is None:
                     say(f"{id_} waits for a node that has room for it")
@@ -194,7 +209,7 @@ class Jobs:
         """Refuses a job whose own process fits on no node that is up. Where none is up that takes work, or the configuration waits
         for an autoscaler, the job may be sent, with a warning."""
         have = _nodes(self.address, self.headers)
-        need = {what: n for what, n in (("CPU", made.cpus), ("GPU", made.gpus), ("memory", made.memory)) if n}
+        need = {what: n for what, n in (("CPU", made.cpus), ("GPU", made.gpus), ("memory", made.memory), (made.on, MARK)) if what and n}
         if any(all(node.get(what, 0) >= n for what, n in need.items()) for node in have):
             return
         most = {what: max((node.get(what, 0) for node in have), default=0) for what in need}
@@ -202,7 +217,7 @@ class Jobs:
         if made.grows or not any(node.get("CPU") for node in have):
             self.warn(f"{said}; it waits until an autoscaler brings such a node")
             return
-        knobs = {"CPU": "lower --cpus", "memory": "lower --memory", "GPU": "set compute.use_gpu=false"}
+        knobs = {"CPU": "lower --cpus", "memory": "lower --memory", "GPU": "set compute.use_gpu=false", made.on: "leave out --on"}
         lacks = [what for what, n in need.items() if n > most[what]] or list(need)
         do = ", ".join(knobs[what] for what in lacks)
         raise ResourceError(f"{said}; {do}, or have it wait for an autoscaler: --set compute.grow_s=600")
@@ -246,10 +261,12 @@ def exit_code(job: JobDetails) -> int:
 
 
 def why(job: JobDetails) -> str:
-    """Why a job failed, in one line, where its log does not say so itself."""
-    if job.status != JobStatus.FAILED or job.error_type == "JOB_ENTRYPOINT_COMMAND_ERROR":
+    """Why a job failed, in one line: what Ray says, or the last line of its log, which may be gone with its node."""
+    if job.status != JobStatus.FAILED:
         return ""
-    return " ".join((job.message or "").split())[:500]
+    lines = (job.message or "").strip().splitlines()
+    said = lines[-1:] if job.error_type == "JOB_ENTRYPOINT_COMMAND_ERROR" else lines
+    return " ".join(" ".join(said).split())[:500]
 
 
 def described(job: JobDetails) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Submission:
         cpus: Logical CPUs that the job's own process books, so that it lands on a node that is there for work.
         memory: Bytes that it books; 0 books none.
         gpus: GPUs that it books: verbs that run the network in the job's own process need one with `compute.use_gpu`.
+        on: A custom resource of the nodes that the job's own process may run on; empty where any will do.
         grows: Whether it may wait for nodes that an autoscaler brings: its configuration says so, or there is none to say it.
         here: Local paths among the arguments that exist on this machine, where the job may not see them.
         digest: Of the configuration.
@@ -85,6 +86,7 @@ class Submission:
     cpus: float = 1.0
     memory: int = 0
     gpus: int = 0
+    on: str = ""
     grows: bool = False
     here: tuple[str, ...] = field(default=())
     digest: str = ""
@@ -121,7 +123,13 @@ class Submission:
 
 
 def submission(
-    verb: str, arguments: Sequence[str], values: Mapping[str, Any], wheel: Path | None = None, cpus: float = 1.0, memory: int = 0
+    verb: str,
+    arguments: Sequence[str],
+    values: Mapping[str, Any],
+    wheel: Path | None = None,
+    cpus: float = 1.0,
+    memory: int = 0,
+    on: str = "",
 ) -> Submission:
     """Makes a submission of a verb's arguments and refuses what could not work, or would tell a secret.
 
@@ -130,7 +138,7 @@ def submission(
         arguments: Of the verb, as given.
         values: The same, parsed: parameter names and values.
         wheel: See `Submission`.
-        cpus, memory: See `Submission`.
+        cpus, memory, on: See `Submission`.
 
     Raises:
         InputError: A credential among the arguments, a place that a job can't have, a wheel or config that can't travel.
@@ -158,7 +166,7 @@ def submission(
     id_ = f"{PREFIX}{verb}-{digest_of([verb, about, rest])[:12]}"
     gpus = int(cfg is not None and cfg.compute.use_gpu and verb in IN_PROCESS)
     grows = cfg is None or cfg.compute.grow_s > 0
-    return Submission(verb, tuple(_bare(arguments)), id_, config, wheel, cpus, memory, gpus, grows, here, digest)
+    return Submission(verb, tuple(_bare(arguments)), id_, config, wheel, cpus, memory, gpus, on, grows, here, digest)
 
 
 def check_address(address: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,8 @@ from raysal.train.gloo import Torch
 from raysal.train.logs import Log, read_log
 from raysal.train.plan import CHECKPOINT_FILES, Plan
 
+LOG = logging.getLogger(__name__)
+
 OnProgress = Callable[[int, int, dict], None]
 
 SEGMENT_BLOCKS = 4096
@@ -46,6 +50,10 @@ IMAGES_PER_BLOCK = 64
 
 BLOCK_BYTES = 64 * 2**20
 """Large crops make blocks of fewer images, so that what is decoded ahead stays small."""
+
+
+STILL_S = 120.0
+"""After so long without a step it is looked whether a training lacks nodes. Evaluations may take longer, and then nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,12 @@ def fit(plan: Plan, folder: str, on_progress: OnProgress | None = None) -> Train
     _drop_broken(folder)
     if (weights := plan.cfg.model.encoder_weights) is not None and is_file(weights):
         plan = dataclasses.replace(plan, weights=absolute(weights))
-    with cluster.data_context(ordered=True), metered(folder) as meters, _watch(plan.cfg, folder, meters, on_progress):
+    with (
+        cluster.data_context(ordered=True),
+        cluster.room_beside_elastic_workers(plan.cfg.compute),
+        metered(folder) as meters,
+        _watch(plan.cfg, folder, meters, on_progress),
+    ):
         try:
             _trainer(plan, folder).fit()
         except ray.train.TrainingFailedError as error:
@@ -318,12 +331,17 @@ class _watch:
         self._thread.join()
 
     def _poll(self) -> None:
-        seen, ended = -1, False
+        seen, ended, since = -1, False, time.monotonic()
         while not ended:
             ended = self._done.wait(1.0)
             newest = {kind: record for record in read_log(self.folder) for kind in ("loss", "eval") if kind in record}
             for record in newest.values():
                 self.meters.train(record, self.cfg.train.steps)
-            if self.on_progress is not None and "loss" in newest and newest["loss"]["step"] != seen:
-                seen = newest["loss"]["step"]
-                self.on_progress(seen, self.cfg.train.steps, newest["loss"])
+            if "loss" in newest and newest["loss"]["step"] != seen:
+                seen, since = newest["loss"]["step"], time.monotonic()
+                if self.on_progress is not None:
+                    self.on_progress(seen, self.cfg.train.steps, newest["loss"])
+            elif time.monotonic() - since > STILL_S:
+                since = time.monotonic()
+                if lack := cluster.lacks_for_training(self.cfg.compute):
+                    LOG.warning("training waits for nodes, and goes on by itself from its last checkpoint once they are there: %s", lack)

@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray.data
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.experimental.internal_kv import _internal_kv_get
 from safetensors.torch import save_file
 
 from raysal import cluster
@@ -192,3 +195,24 @@ def test_workers_that_no_cluster_can_carry_are_refused_with_the_numbers(ray_runt
     plan = plan_of(tiny(tmp_path, compute={"train_workers": 64}))
     with pytest.raises(ResourceError, match=r"64 train workers x 1 CPUs \+ 0.5 for decoding = 64.5 CPUs, but the cluster has 8"):
         fit(plan, join(str(tmp_path), "train"))
+
+
+def test_elastic_workers_leave_a_cpu_for_decoding(ray_runtime, tmp_path: Path) -> None:
+    """Two workers would fill the eight CPUs to the last, and wait for ever for images that nobody decodes."""
+    cfg = tiny(tmp_path, train={"steps": 3}, compute={"train_workers": 2, "min_workers": 1, "cpus_per_worker": 4, "threads": 1})
+    trained = fit(plan_of(cfg), str(tmp_path / "train"))
+    assert trained.metrics is not None
+    assert [r["world"] for r in read_log(str(tmp_path / "train")) if r.get("start") == 0] == [1]
+
+
+def test_what_a_run_asks_a_cluster_for_stays_asked_for_until_it_has_it(ray_runtime) -> None:
+    def asked() -> list[dict]:
+        return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or b"[]")
+
+    tick = get_or_create_autoscaling_coordinator().get_reserved_resources
+    for priority in ("LOW", "HIGH"):
+        with cluster._asked_for([{"CPU": 640.0}] * 2, priority):
+            ray.get(tick.remote("anybody", True))  # Ray Data tells the autoscaler anew, as it does every 20 s
+            assert asked().count({"CPU": 640.0}) == 2
+        ray.get(tick.remote("anybody", True))
+        assert {"CPU": 640.0} not in asked()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from raysal.cli import app
 from raysal.config import load
 from raysal.environment import JOB_CPUS
 from raysal.jobs.submission import VERBS
+from raysal.plan import ACTOR_BYTES, FORWARD_BYTES, FORWARD_PIXELS
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHED = [ROOT / "cluster.yaml", ROOT / "deploy/cluster-local.yaml"]
@@ -158,8 +160,10 @@ def test_a_cluster_on_kubernetes_asks_for_a_token_and_keeps_work_off_its_head(fi
     assert cluster["authOptions"] == {"mode": "token", "secretName": "raysal-ray-token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert not cluster["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"]
     for group in groups:
         pod = group["template"]
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["metadata"]["labels"]["app"] == "raysal"  # what the network policy goes by
         for container in pod["spec"]["containers"]:
             careful = container["securityContext"]
@@ -181,7 +185,27 @@ def test_what_a_job_on_kubernetes_runs_are_verbs_with_arguments_that_they_take(f
         load(None if config is None else ROOT / "configs" / Path(config).name, values.get("set_", ()))
     spec = job(file)
     assert spec["entrypointNumCpus"] == float(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"][JOB_CPUS]) > 0
-    assert spec["shutdownAfterJobFinishes"] and spec["backoffLimit"] > 0
+    assert spec["shutdownAfterJobFinishes"] and (spec["backoffLimit"] > 0 or "schedule" in read(file)["spec"])  # the next tick goes on
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.name)
+def test_a_jobs_own_process_is_on_no_spot_node(file: Path) -> None:
+    spot = [group for group in clusters(file)["workerGroupSpecs"] if group["template"]["spec"].get("tolerations")]
+    [mark] = json.loads(job(file).get("entrypointResources", '{"": 0}'))
+    assert all(mark and mark not in group.get("resources", {}) for group in spot)
+    kept = [group for group in clusters(file)["workerGroupSpecs"] if mark in group.get("resources", {})]
+    assert not spot or [group["minReplicas"] for group in kept] == [1]
+
+
+@pytest.mark.parametrize("file", [file for file in JOBS if "score_actors" in job(file)["entrypoint"]], ids=lambda file: file.name)
+def test_a_nodes_actors_fit_into_its_memory(file: Path) -> None:
+    """As raysal plan reckons them: Ray would start as many as there are CPUs for."""
+    [cpus] = re.findall(r"compute.cpus_per_actor=(\d+)", job(file)["entrypoint"])
+    each = ACTOR_BYTES + FORWARD_BYTES * FORWARD_PIXELS
+    for group in clusters(file)["workerGroupSpecs"]:
+        has = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+        ray_cpus = int(group.get("resources", {}).get("CPU", has["cpu"]))
+        assert ray_cpus // int(cpus) * each < int(has["memory"].removesuffix("Gi")) * 2**30
 
 
 def test_only_the_nodes_the_operator_and_prometheus_reach_rays_ports() -> None:

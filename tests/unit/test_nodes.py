@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,6 +169,8 @@ def test_an_actor_has_no_more_threads_than_its_node_has_cores(
 
 @pytest.fixture
 def up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node(1)["NodeID"]))
+
     def make(*those: dict[str, Any]) -> None:
         monkeypatch.setattr(cluster.ray, "nodes", lambda: list(those))
 
@@ -221,13 +224,46 @@ def test_where_nodes_come_and_go_the_least_number_of_actors_will_do(up: Callable
 
 def test_an_autoscaler_is_asked_and_waited_for_and_released(one_node: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[dict]] = []
-    monkeypatch.setattr(cluster, "request_resources", lambda bundles: asked.append(bundles))
+
+    @contextlib.contextmanager
+    def asked_for(bundles: list[dict], priority: str) -> Iterator[None]:
+        asked.append(bundles)
+        yield
+        asked.append([])
+
+    monkeypatch.setattr(cluster, "_asked_for", asked_for)
     monkeypatch.setattr(cluster.time, "sleep", lambda _: one_node(8.0))
     one_node(1.0)
     cluster.check_training(ComputeConfig(train_workers=2, cpus_per_worker=3, grow_s=60))
-    assert asked == [[{"CPU": 3.0}, {"CPU": 3.0}], []]
+    assert asked == [[{"CPU": 3.0}, {"CPU": 3.0}, {"CPU": cluster.INGEST_CPUS}], []]
+    monkeypatch.setenv(JOB_CPUS, "1")  # an autoscaler that is not told of it thinks that what is there will do
+    one_node(1.0)
+    cluster.check_training(ComputeConfig(train_workers=2, cpus_per_worker=3, grow_s=60))
+    assert asked[2] == [{"CPU": 3.0}, {"CPU": 3.0}, {"CPU": 1.0}, {"CPU": cluster.INGEST_CPUS}]
     one_node(1.0)
     monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
     with pytest.raises(ResourceError, match=r"waited 0\.05 s for more nodes"):
         cluster.check_training(ComputeConfig(train_workers=2, cpus_per_worker=3, grow_s=0.05))
     assert asked[-1] == []
+
+
+@pytest.mark.parametrize(
+    ("cpus", "job", "least", "booked"),
+    [
+        (8.0, "1", 1, [{"CPU": 1.5, "node:10.0.0.1": 0.001}]),
+        (1.0, "1", 1, None),
+        (8.0, "", 1, [{"CPU": 0.5, "node:10.0.0.1": 0.001}]),
+        (8.0, "1", 0, None),
+    ],
+)
+def test_elastic_workers_leave_room_for_the_job_and_its_decoding(
+    up: Callable[..., None], monkeypatch: pytest.MonkeyPatch, cpus: float, job: str, least: int, booked: list[dict] | None
+) -> None:
+    mine = node(1, cpus)
+    mine["Resources"] |= {"node:10.0.0.1": 1.0, cluster.HEAD: 1.0, "memory": 1e9}
+    up(mine, node(2, 64.0))
+    monkeypatch.setenv(JOB_CPUS, job)
+    asked: list[tuple[list[dict], str]] = []
+    monkeypatch.setattr(cluster, "_asked_for", lambda bundles, priority: contextlib.nullcontext(asked.append((bundles, priority))))
+    with cluster.room_beside_elastic_workers(ComputeConfig(train_workers=4, min_workers=least)):
+        assert asked == ([] if booked is None else [(booked, "HIGH")])

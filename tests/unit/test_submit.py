@@ -281,6 +281,51 @@ def test_the_exit_code_is_the_jobs(client: FakeClient, status: str, code: int | 
     assert cluster.exit_code(client.held["raysal-a"]) == exits
 
 
+def test_a_job_is_sent_to_the_nodes_that_it_is_to_be_on(client: FakeClient) -> None:
+    jobs, job = cluster.Jobs(ADDRESS), made("label", *LABEL, on="job")
+    assert job.id == made("label", *LABEL).id
+    with pytest.raises(
+        ResourceError, match=r"books 1 CPU, 0.001 job, but no node has that.*have 8 CPU, 0 job; leave out --on, or"
+    ):
+        jobs.submit(job)
+    client.nodes.append({"CPU": 2.0, "job": 2.0})
+    jobs.submit(job)
+    assert [sent["entrypoint_resources"] for sent in client.sent] == [{"job": cluster.MARK}]
+    jobs.submit(made("label", *LABEL, "--precision", "0.9"))
+    assert client.sent[-1]["entrypoint_resources"] is None
+
+
+def test_a_log_that_went_with_its_node_is_told_by_what_the_cluster_kept(client: FakeClient, raysal: Call) -> None:
+    def gone(id_: str) -> str:
+        raise RuntimeError("Request failed with status code 500: Traceback ... ClientConnectorError.")
+
+    async def nothing(id_: str) -> AsyncIterator[str]:
+        return
+        yield
+
+    kept = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\n12/90\nraysal: disk is full\n"
+    client.get_job_logs, client.tail_job_logs = gone, nothing  # type: ignore[attr-defined]
+    client.put("raysal-a", "FAILED", driver_exit_code=2, error_type="JOB_ENTRYPOINT_COMMAND_ERROR", message=kept)
+    for more, code in (((), 0), (("--follow",), 2)):
+        answer, out, err = raysal("submit", "logs", "raysal-a", *more, "--address", ADDRESS)
+        assert answer == code and "12/90\nraysal: disk is full" in out and "on a node that is gone" in err
+    assert "FAILED" in (out := raysal("submit", "list", "--address", ADDRESS)[1]) and out.rstrip().endswith("  raysal: disk is full")
+    client.put("raysal-a", "RUNNING")
+    with pytest.raises(RaysalError, match="the cluster refuses"):
+        cluster.Jobs(ADDRESS).log("raysal-a")
+
+
+def test_a_job_that_waits_for_a_node_is_told_to_stop_without_waiting(
+    client: FakeClient, raysal: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "PENDING_S", 0.0)
+    client.put("raysal-a", "PENDING")
+    told: list[str] = []
+    client.stop_job = told.append  # type: ignore[attr-defined]
+    code, out, _ = raysal("submit", "stop", "raysal-a", "--address", ADDRESS)
+    assert code == 0 and told == ["raysal-a"] and "waits for a node itself" in out
+
+
 def test_the_command_says_what_became_of_a_submission(client: FakeClient, raysal: Call, tmp_path: Path) -> None:
     job = made("label", str(tmp_path), *LABEL[1:])
     client.put(job.id, "SUCCEEDED")
