@@ -284,9 +284,7 @@ def test_the_exit_code_is_the_jobs(client: FakeClient, status: str, code: int | 
 def test_a_job_is_sent_to_the_nodes_that_it_is_to_be_on(client: FakeClient) -> None:
     jobs, job = cluster.Jobs(ADDRESS), made("label", *LABEL, on="job")
     assert job.id == made("label", *LABEL).id
-    with pytest.raises(
-        ResourceError, match=r"books 1 CPU, 0.001 job, but no node has that.*have 8 CPU, 0 job; leave out --on, or"
-    ):
+    with pytest.raises(ResourceError, match=r"books 1 CPU, 0.001 job, but no node has that.*have 8 CPU, 0 job; leave out --on, or"):
         jobs.submit(job)
     client.nodes.append({"CPU": 2.0, "job": 2.0})
     jobs.submit(job)
