@@ -134,7 +134,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         Image.fromarray(scene(0, i, SIDE)[0]).save(root / "images" / f"{i}.png")
     checkpoint(root / "model")
     made = Cluster(root, tempfile.mkdtemp(prefix="rs-", dir="/tmp"))  # short: sockets lie below it
-    options = [f"--port={made.gcs}", f"--dashboard-port={made.dashboard}", f"--temp-dir={made.temporary}"]
+    options = ['--resources={"job": 1}', f"--port={made.gcs}", f"--dashboard-port={made.dashboard}", f"--temp-dir={made.temporary}"]
     made.node("--head", "--num-cpus=3", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={free_port()}", *options)
     try:
         made.wait(1)
@@ -146,7 +146,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_a_job_is_sent_followed_by_json_lines_and_is_one_however_often_it_is_sent(cluster: Cluster) -> None:
     (cluster.root / "c.yaml").write_text("runtime: {kind: eager}\ncompute: {score_actors: 1, log_json: true}\n")
     model, images, labels = (cluster.root / name for name in ("model", "images", "labels"))
-    label = ("label", model, images, "--out", labels, "--config", cluster.root / "c.yaml")
+    label = ("label", model, images, "--out", labels, "--config", cluster.root / "c.yaml", "--on", "job")
     first = cluster.submit(*label)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr
     assert "submitted" in first.stderr and f"{IMAGES} ok" in first.stdout and "SUCCEEDED" in first.stdout
@@ -184,6 +184,8 @@ def test_one_that_failed_gets_the_next_suffix_and_its_exit_code_is_the_jobs(clus
     failed = cluster.submit(*label)
     assert failed.returncode == 2 and "later" in failed.stdout and "FAILED" in failed.stdout, failed.stderr
     assert "can the cluster's nodes see them too?" in failed.stderr  # the images are there
+    [why] = [job["why"] for job in json.loads(cluster.submit("list", "--json").stdout)["jobs"] if job["status"] == "FAILED"]
+    assert why.startswith("raysal: ") and "later" in why
     checkpoint(cluster.root / "later")
     good = cluster.submit(*label)
     assert good.returncode == 0 and "-r2" in good.stderr and f"{IMAGES} ok" in good.stdout, good.stdout[-3000:] + good.stderr
@@ -215,7 +217,8 @@ def test_a_second_command_attaches_ctrl_c_leaves_the_job_alone_and_a_stopped_job
 
 def test_what_fits_on_no_node_is_refused_with_the_numbers(cluster: Cluster) -> None:
     label = ("label", cluster.root / "model", cluster.root / "images", "--out", cluster.root / "never", *QUICK)
-    for more, said in ((("--cpus", "64"), "books 64 CPU"), (("--memory", "9000G"), "books 1 CPU, 9000.0 GB of memory")):
+    tries = ((("--cpus", "64"), "books 64 CPU"), (("--memory", "9000G"), "1 CPU, 9000.0 GB of memory"), (("--on", "spot"), "0.001 spot"))
+    for more, said in tries:
         before = cluster.jobs()
         refused = cluster.submit(*label, *more)
         assert refused.returncode == 2 and said in refused.stderr and "the largest have 3 CPU" in refused.stderr, refused.stderr
