@@ -212,12 +212,12 @@ def _asked_for(bundles: list[Resources], priority: str) -> Iterator[None]:
     from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
-    coordinator, me, done = get_or_create_autoscaling_coordinator(), f"raysal-{uuid.uuid4().hex}", threading.Event()
+    me, done = f"raysal-{uuid.uuid4().hex}", threading.Event()
     options = {"requester_id": me, "resources": bundles, "expire_after_s": ASKED_S, "priority": ResourceRequestPriority[priority]}
 
     def ask() -> None:
-        with contextlib.suppress(RayError):  # an actor that is being restarted is asked again
-            ray.get(coordinator.request_resources.remote(**options), timeout=ASKED_S / 3)
+        with contextlib.suppress(RayError):  # an actor that is being restarted is asked again, or the one that came in its place
+            ray.get(get_or_create_autoscaling_coordinator().request_resources.remote(**options), timeout=ASKED_S / 3)
 
     def renew() -> None:
         while not done.wait(ASKED_S / 3):
@@ -231,7 +231,7 @@ def _asked_for(bundles: list[Resources], priority: str) -> Iterator[None]:
     finally:
         done.set()
         renewing.join()
-        coordinator.cancel_request.remote(me)
+        get_or_create_autoscaling_coordinator().cancel_request.remote(me)
 
 
 @contextlib.contextmanager
@@ -239,19 +239,21 @@ def room_beside_elastic_workers(compute: ComputeConfig) -> Iterator[None]:
     """Keeps what this job's process and the decoding beside it need out of what Ray Train thinks it can start elastic workers on.
 
     It counts the whole of each node, starts as many workers as these hold, and tries the same number again for ever where some CPUs are
-    taken. So they are booked first, on this node where it has them.
+    taken. So they are booked first: the job's on this node, where they are, and those of decoding as well if it has room for both.
     """
     if not compute.min_workers:
         yield
         return
     id_ = ray.get_runtime_context().get_node_id()
     [mine] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == id_]
-    share = {"CPU": _held()["CPU"] + INGEST_CPUS}
-    if mine.get("CPU", 0) < share["CPU"]:  # a head without CPUs: nothing is booked there
-        yield
-        return
-    here = {name: 0.001 for name in mine if name.startswith("node:") and name != HEAD}
-    with _asked_for([share | here], "HIGH"):
+    # Three kinds of resources: Ray's autoscaler places such bundles first, and a worker in their place would leave nodes unasked for.
+    here = {name: 0.001 for name in mine if name.startswith("node:") and name != HEAD} | {"memory": 1.0}
+    held = _held()["CPU"]
+    if mine.get("CPU", 0) >= held + INGEST_CPUS:
+        booked = [{"CPU": held + INGEST_CPUS} | here]
+    else:
+        booked = [{"CPU": held} | here] * (held > 0) + [{"CPU": INGEST_CPUS}]
+    with _asked_for(booked, "HIGH"):
         yield
 
 

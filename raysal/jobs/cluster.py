@@ -145,7 +145,7 @@ class Jobs:
         except Exception as error:
             if not job.status.is_terminal() or isinstance(error, OSError):
                 raise _refusal(self.address, error) from error
-            self.warn(f"{id_}: its log was on a node that is gone; this is what the cluster kept of it")
+            self.warn(f"{id_}: the cluster can't read its log any more, its node may be gone; this is what it kept")
             return f"{job.message or ''}\n"
 
     def stop(self, id_: str, timeout_s: float = 60.0) -> tuple[bool, JobDetails]:

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -343,5 +343,8 @@ class _watch:
                     self.on_progress(seen, self.cfg.train.steps, newest["loss"])
             elif time.monotonic() - since > STILL_S:
                 since = time.monotonic()
-                if lack := cluster.lacks_for_training(self.cfg.compute):
+                lack = ""
+                with suppress(Exception):  # a cluster whose head is away tells nothing
+                    lack = cluster.lacks_for_training(self.cfg.compute)
+                if lack:
                     LOG.warning("training waits for nodes, and goes on by itself from its last checkpoint once they are there: %s", lack)

@@ -27,7 +27,7 @@ from raysal.cli import app
 from raysal.config import load
 from raysal.environment import JOB_CPUS
 from raysal.jobs.submission import VERBS
-from raysal.plan import ACTOR_BYTES, FORWARD_BYTES, FORWARD_PIXELS
+from raysal.plan import ACTOR_BYTES, FORWARD_BYTES, FORWARD_PIXELS, SHARED_BYTES, STORE_SHARE
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHED = [ROOT / "cluster.yaml", ROOT / "deploy/cluster-local.yaml"]
@@ -195,6 +195,7 @@ def test_a_jobs_own_process_is_on_no_spot_node(file: Path) -> None:
     assert all(mark and mark not in group.get("resources", {}) for group in spot)
     kept = [group for group in clusters(file)["workerGroupSpecs"] if mark in group.get("resources", {})]
     assert not spot or [group["minReplicas"] for group in kept] == [1]
+    assert "compute.grow_s=" in job(file)["entrypoint"]  # it may be up before its workers are
 
 
 @pytest.mark.parametrize("file", [file for file in JOBS if "score_actors" in job(file)["entrypoint"]], ids=lambda file: file.name)
@@ -205,7 +206,8 @@ def test_a_nodes_actors_fit_into_its_memory(file: Path) -> None:
     for group in clusters(file)["workerGroupSpecs"]:
         has = group["template"]["spec"]["containers"][0]["resources"]["requests"]
         ray_cpus = int(group.get("resources", {}).get("CPU", has["cpu"]))
-        assert ray_cpus // int(cpus) * each < int(has["memory"].removesuffix("Gi")) * 2**30
+        room = int(has["memory"].removesuffix("Gi")) * 2**30 * (1 - STORE_SHARE) - SHARED_BYTES
+        assert ray_cpus // int(cpus) * each <= room
 
 
 def test_only_the_nodes_the_operator_and_prometheus_reach_rays_ports() -> None:

@@ -250,9 +250,10 @@ def test_an_autoscaler_is_asked_and_waited_for_and_released(one_node: Callable[[
 @pytest.mark.parametrize(
     ("cpus", "job", "least", "booked"),
     [
-        (8.0, "1", 1, [{"CPU": 1.5, "node:10.0.0.1": 0.001}]),
-        (1.0, "1", 1, None),
-        (8.0, "", 1, [{"CPU": 0.5, "node:10.0.0.1": 0.001}]),
+        (8.0, "1", 1, [{"CPU": 1.5, "node:10.0.0.1": 0.001, "memory": 1.0}]),
+        (8.0, "", 1, [{"CPU": 0.5, "node:10.0.0.1": 0.001, "memory": 1.0}]),
+        (1.0, "1", 1, [{"CPU": 1.0, "node:10.0.0.1": 0.001, "memory": 1.0}, {"CPU": 0.5}]),  # decoding finds room elsewhere
+        (0.0, "", 1, [{"CPU": 0.5}]),
         (8.0, "1", 0, None),
     ],
 )

@@ -306,7 +306,7 @@ def test_a_log_that_went_with_its_node_is_told_by_what_the_cluster_kept(client: 
     client.put("raysal-a", "FAILED", driver_exit_code=2, error_type="JOB_ENTRYPOINT_COMMAND_ERROR", message=kept)
     for more, code in (((), 0), (("--follow",), 2)):
         answer, out, err = raysal("submit", "logs", "raysal-a", *more, "--address", ADDRESS)
-        assert answer == code and "12/90\nraysal: disk is full" in out and "on a node that is gone" in err
+        assert answer == code and "12/90\nraysal: disk is full" in out and "its node may be gone" in err
     assert "FAILED" in (out := raysal("submit", "list", "--address", ADDRESS)[1]) and out.rstrip().endswith("  raysal: disk is full")
     client.put("raysal-a", "RUNNING")
     with pytest.raises(RaysalError, match="the cluster refuses"):
