@@ -225,11 +225,6 @@ class RaySession:
 class LocalSession(RaySession):
     """In this process, without train workers. Ray's local mode keeps no checkpoints, so they are kept here: the last and the best."""
 
-    @contextmanager
-    def resume(self) -> Iterator[Path | None]:
-        with saved.newest(join(self.folder, "fit")) as folder:
-            yield folder
-
     def report(self, metrics: dict, folder: Path | None) -> None:
         assert folder is not None
         fit_folder, name = join(self.folder, "fit"), saved.name(metrics["step"])

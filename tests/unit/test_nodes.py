@@ -169,6 +169,7 @@ def test_an_actor_has_no_more_threads_than_its_node_has_cores(
 
 @pytest.fixture
 def up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)  # tests that ran before may have left a Ray up
     monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node(1)["NodeID"]))
 
     def make(*those: dict[str, Any]) -> None:
